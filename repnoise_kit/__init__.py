@@ -1,0 +1,81 @@
+"""Representation Noising: train the defence, attack it, look inside, on a laptop or a GPU."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Where each public name lives. Rooms load on first use, so that importing the kit is instant and
+# its plots need no torch.
+_ROOMS = {
+    "errors": ("KitError",),
+    "results": ("Result", "stack"),
+    "stats": ("difference", "interval", "summary", "verdict"),
+    "style": ("paper",),
+    "pairs": ("Pairs", "load_answers", "load_pairs"),
+    "splits": ("Splits", "split"),
+    "model": ("frozen",),
+    "recording": ("record",),
+    "losses": ("lens_ce", "masked_ce", "mmd"),
+    "training": ("train_",),
+    "testbeds": ("Testbed", "lab", "testbed"),
+    "repnoise": ("PRESETS", "RepNoiseLoss", "repnoise_loss"),
+    "defences": ("DEFENCES", "defend_"),
+    "attacks": ("attack_",),
+    "evaluation": ("evaluate",),
+    "plots": (
+        "plot_layers", "plot_metric", "plot_price", "plot_questions", "plot_resistance",
+        "plot_terms",
+    ),
+}  # fmt: skip
+_HOME = {name: room for room, names in _ROOMS.items() for name in names}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+if TYPE_CHECKING:
+    from repnoise_kit.attacks import attack_ as attack_
+    from repnoise_kit.defences import DEFENCES as DEFENCES
+    from repnoise_kit.defences import defend_ as defend_
+    from repnoise_kit.errors import KitError as KitError
+    from repnoise_kit.evaluation import evaluate as evaluate
+    from repnoise_kit.losses import lens_ce as lens_ce
+    from repnoise_kit.losses import masked_ce as masked_ce
+    from repnoise_kit.losses import mmd as mmd
+    from repnoise_kit.model import frozen as frozen
+    from repnoise_kit.pairs import Pairs as Pairs
+    from repnoise_kit.pairs import load_answers as load_answers
+    from repnoise_kit.pairs import load_pairs as load_pairs
+    from repnoise_kit.plots import plot_layers as plot_layers
+    from repnoise_kit.plots import plot_metric as plot_metric
+    from repnoise_kit.plots import plot_price as plot_price
+    from repnoise_kit.plots import plot_questions as plot_questions
+    from repnoise_kit.plots import plot_resistance as plot_resistance
+    from repnoise_kit.plots import plot_terms as plot_terms
+    from repnoise_kit.recording import record as record
+    from repnoise_kit.repnoise import PRESETS as PRESETS
+    from repnoise_kit.repnoise import RepNoiseLoss as RepNoiseLoss
+    from repnoise_kit.repnoise import repnoise_loss as repnoise_loss
+    from repnoise_kit.results import Result as Result
+    from repnoise_kit.results import stack as stack
+    from repnoise_kit.splits import Splits as Splits
+    from repnoise_kit.splits import split as split
+    from repnoise_kit.stats import difference as difference
+    from repnoise_kit.stats import interval as interval
+    from repnoise_kit.stats import summary as summary
+    from repnoise_kit.stats import verdict as verdict
+    from repnoise_kit.style import paper as paper
+    from repnoise_kit.testbeds import Testbed as Testbed
+    from repnoise_kit.testbeds import lab as lab
+    from repnoise_kit.testbeds import testbed as testbed
+    from repnoise_kit.training import train_ as train_

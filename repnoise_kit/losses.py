@@ -1,0 +1,84 @@
+"""The paper's equations as functions of tensors: nothing here knows a model, a mask or a file."""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float, Int, Num
+from torch import Tensor
+from torch.nn import functional as F
+
+IGNORE = -100
+"""The label of a token no loss is taken on, as everywhere in Hugging Face."""
+
+KERNELS = 5
+
+
+def masked_ce(
+    logits: Float[Tensor, "batch seq vocab"], labels: Int[Tensor, "batch seq"]
+) -> Float[Tensor, ""]:
+    """Return the mean cross-entropy, in nats a token, of predicting each label from the left.
+
+    `labels[:, t]` is predicted by `logits[:, t - 1]`; labels of -100 are left out. This is the
+    loss L of equations 1 and 3, and equals the `loss` of a Hugging Face causal LM.
+    """
+    return F.cross_entropy(
+        logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORE
+    )
+
+
+def lens_ce(
+    hidden: Float[Tensor, "batch seq d_model"],
+    labels: Int[Tensor, "batch seq"],
+    unembed: Callable[[Tensor], Tensor],
+    keep_logits: Num[Tensor, "batch seq"] | None = None,
+) -> Float[Tensor, ""]:
+    """Return `masked_ce(unembed(hidden), labels)`, unembedding only the positions that predict.
+
+    The cross-entropy of a layer read through the model's own head (Algorithm 1, line 9). Logits
+    are multiplied by `keep_logits`, where given: the published code zeroes some of them.
+    """
+    predicts = labels[:, 1:] != IGNORE
+    logits = unembed(hidden[:, :-1][predicts]).float()
+    if keep_logits is not None:
+        logits = logits * keep_logits[:, :-1][predicts].unsqueeze(-1)
+    return F.cross_entropy(logits, labels[:, 1:][predicts])
+
+
+def mmd(
+    x: Float[Tensor, "sample d"],
+    y: Float[Tensor, "sample d"],
+    *,
+    unbiased: bool = False,
+    bandwidth: float | None = None,
+) -> Float[Tensor, ""]:
+    """Return the squared maximum mean discrepancy between two samples of equal size.
+
+    Five Gaussian kernels exp(-d²/b) of bandwidths b·{¼, ½, 1, 2, 4} are summed, where b is the
+    mean squared distance over all pairs of different rows, taken as a constant: the estimate of
+    the noise term in section 3 and Appendix B of the paper. 0 for equal samples and at most 10.
+    The biased form counts each row against itself, so that it stays above 2·(5 - 1.907)/sample
+    or so even for two samples of one distribution; `unbiased` leaves those pairs out and may be
+    slightly negative.
+
+    Distances come from one Gram matrix in float32: nothing pairwise of the width `d` is held.
+    """
+    count = len(x)
+    rows = torch.cat([x, y]).float()
+    gram = rows @ rows.T
+    norms = gram.diagonal()
+    other = ~torch.eye(2 * count, dtype=torch.bool, device=rows.device)
+    # Where a row meets itself the distance is 0 by definition, not by rounding.
+    distances = (norms[:, None] + norms[None, :] - 2 * gram).clamp(min=0) * other
+    if bandwidth is None:
+        scale = distances.detach().sum() / other.sum()
+    else:
+        scale = torch.tensor(bandwidth, device=rows.device)
+    middle = KERNELS // 2
+    widths = [scale * 2.0 ** (place - middle) for place in range(KERNELS)]
+    kernel = torch.stack([torch.exp(-distances / width) for width in widths]).sum(0)
+    within, across = kernel[:count, :count], kernel[:count, count:]
+    within_y = kernel[count:, count:]
+    if not unbiased:
+        return within.mean() + within_y.mean() - 2 * across.mean()
+    apart = other[:count, :count]
+    return within[apart].mean() + within_y[apart].mean() - 2 * across.mean()

@@ -1,0 +1,179 @@
+"""Questions with a harmful and a harmless answer: what a pair is, and how pairs become batches."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from repnoise_kit.errors import KitError
+from repnoise_kit.files import read_table
+from repnoise_kit.losses import IGNORE
+
+Encoded = dict[str, list[int]]
+"""One sequence: `input_ids` and `labels`."""
+
+_NEEDED = ("prompt", "harmful", "harmless")
+# The columns of PKU-Alignment/BeaverTails and of the paired refusals made for it.
+_BEAVERTAILS = {"harmful": "response", "harmless": "refusal"}
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Questions, each with its harmful and its harmless answer."""
+
+    frame: pd.DataFrame
+    """Columns `prompt`, `harmful`, `harmless`, `category`, and `thing`: what a question is about,
+    which no split divides (the question itself where a file does not say)."""
+
+    def __len__(self) -> int:
+        """Return how many pairs there are."""
+        return len(self.frame)
+
+    def draw(self, examples: int | None, seed: int) -> "Pairs":
+        """Return that many pairs in an order drawn with the seed, or all of them.
+
+        Raises:
+            KitError: more are asked for than there are.
+        """
+        return Pairs(draw(self.frame, examples, seed))
+
+
+def load_pairs(source: Path | str, *, columns: Mapping[str, str] | None = None) -> Pairs:
+    """Read pairs from a JSON, JSONL, CSV, Parquet or Arrow file.
+
+    Args:
+        source: The file. Columns `prompt`, `harmful`, `harmless`, optionally `category`, `thing`
+            and `split` (`attack`, `seen` or `unseen`). The columns of BeaverTails (`response`,
+            `refusal`, `category` as a dictionary of truths, `is_safe`) are understood as they
+            are: rows that are safe are left out, and a row's category is its first true one.
+        columns: Names in the file, where they differ: `{"prompt": "question"}`.
+
+    Raises:
+        KitError: what is wrong, in which file, row and column.
+    """
+    table = renamed(read_table(source), columns, source)
+    for ours, theirs in _BEAVERTAILS.items():
+        if ours not in table and theirs in table:
+            table = table.rename(columns={theirs: ours})
+    if "is_safe" in table:
+        table = table[~table["is_safe"].astype(bool)]
+    check_texts(table, _NEEDED, source)
+    same = table["harmful"].str.strip() == table["harmless"].str.strip()
+    if same.any():
+        raise KitError(f"{source}, row {same.idxmax()}: harmful and harmless are the same text")
+    table = table.assign(
+        category=[_category(value) for value in table.get("category", [""] * len(table))],
+        thing=table.get("thing", table["prompt"]).astype(str),
+    )
+    kept = [*_NEEDED, "category", "thing"] + (["split"] if "split" in table else [])
+    return Pairs(table[kept].reset_index(drop=True))
+
+
+def load_answers(source: Path | str, *, columns: Mapping[str, str] | None = None) -> pd.DataFrame:
+    """Read a retain set: columns `prompt` and `answer` (or `response`), optionally `thing`."""
+    table = renamed(read_table(source), columns, source)
+    if "answer" not in table and "response" in table:
+        table = table.rename(columns={"response": "answer"})
+    check_texts(table, ("prompt", "answer"), source)
+    table = table.assign(thing=table.get("thing", table["prompt"]).astype(str))
+    return table[["prompt", "answer", "thing"]].reset_index(drop=True)
+
+
+def draw(frame: pd.DataFrame, examples: int | None, seed: int) -> pd.DataFrame:
+    """Return that many rows in an order drawn with the seed, or all of them."""
+    wanted = len(frame) if examples is None else examples
+    if not 0 < wanted <= len(frame):
+        raise KitError(f"{wanted} examples are asked for, and there are {len(frame)}")
+    order = np.random.default_rng(seed).permutation(len(frame))[:wanted]
+    return frame.iloc[order].reset_index(drop=True)
+
+
+def prompt_text(prompt: str) -> str:
+    """Return a question as the model reads it: the paper's format, without a chat template."""
+    return f"Question: {prompt}\nAnswer:"
+
+
+def encode(
+    tokenizer: Any,
+    prompts: Sequence[str],
+    answers: Sequence[str],
+    *,
+    max_length: int = 256,
+    loss_on: Literal["answer", "all"] = "answer",
+) -> list[Encoded]:
+    """Return token ids and labels of questions with their answers, each ended by one EOS.
+
+    Question and answer are tokenized apart, so that the answer begins at a token of its own. What
+    is longer than `max_length` loses the end of its answer, and the beginning of its question
+    where that alone fills more than half. Labels are -100 outside the answer, or nowhere.
+    """
+    asked = tokenizer([prompt_text(prompt) for prompt in prompts])["input_ids"]
+    said = tokenizer([" " + answer for answer in answers], add_special_tokens=False)["input_ids"]
+    encoded = []
+    for question, answer in zip(asked, said, strict=True):
+        answer = [*answer, tokenizer.eos_token_id]
+        question = question[-max(max_length - len(answer), max_length // 2) :]
+        answer = answer[: max_length - len(question)]
+        ids = question + answer
+        hidden = 0 if loss_on == "all" else len(question)
+        encoded.append({"input_ids": ids, "labels": [IGNORE] * hidden + ids[hidden:]})
+    return encoded
+
+
+def pad(
+    rows: Sequence[Encoded], pad_id: int, *, least: int = 0, loss_on_pads: bool = False
+) -> dict[str, Tensor]:
+    """Return a batch of sequences, padded on the right to the longest, `least` tokens or more.
+
+    `loss_on_pads` gives padding labels too, as `labels=input_ids` in the paper's attack did.
+    """
+    width = max(least, *(len(row["input_ids"]) for row in rows))
+
+    def filled(name: str, value: int) -> Tensor:
+        return torch.tensor([row[name] + [value] * (width - len(row[name])) for row in rows])
+
+    lengths = torch.tensor([len(row["input_ids"]) for row in rows])
+    return {
+        "input_ids": filled("input_ids", pad_id),
+        "attention_mask": (torch.arange(width)[None, :] < lengths[:, None]).long(),
+        "labels": filled("labels", pad_id if loss_on_pads else IGNORE),
+    }
+
+
+def renamed(
+    table: pd.DataFrame, columns: Mapping[str, str] | None, source: Path | str
+) -> pd.DataFrame:
+    """Give columns the kit's names, where a file has others."""
+    for ours, theirs in (columns or {}).items():
+        if theirs not in table:
+            raise KitError(f"{source} has no column {theirs!r}; it has {', '.join(table.columns)}")
+        table = table.drop(columns=[c for c in [ours] if c in table and c != theirs])
+        table = table.rename(columns={theirs: ours})
+    return table
+
+
+def check_texts(table: pd.DataFrame, needed: Sequence[str], source: Path | str) -> None:
+    """Refuse a table without rows, a missing column, or a cell that holds no text, by its row."""
+    if table.empty:
+        raise KitError(f"{source} holds no rows")
+    if missing := [name for name in needed if name not in table]:
+        raise KitError(
+            f"{source} has no column {missing[0]!r}; it has {', '.join(map(str, table.columns))}: "
+            f"name the one that serves (--columns {missing[0]}=NAME, or columns={{...}})"
+        )
+    for name in needed:
+        text = table[name].map(lambda cell: isinstance(cell, str) and bool(cell.strip()))
+        if not text.all():
+            row = (~text).idxmax()
+            raise KitError(f"{source}, row {row}: {name} is empty or not text; fill or remove it")
+
+
+def _category(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return next((name for name, holds in value.items() if holds), "")
+    return "" if value is None or value != value else str(value)

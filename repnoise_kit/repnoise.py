@@ -1,0 +1,259 @@
+"""RepNoise: retain, ascend, noise. The paper on one screen.
+
+`total = retain + beta · noise - alpha · log(ascent)` (Algorithm 1, Appendix B.1; equation 5 swaps
+the two letters, and every published value is in the naming used here).
+"""
+
+from collections.abc import Mapping
+from typing import Literal, NamedTuple, TypedDict, Unpack
+
+import torch
+from torch import Tensor, nn
+
+from repnoise_kit.errors import KitError, check_numbers
+from repnoise_kit.losses import IGNORE, lens_ce, mmd
+from repnoise_kit.model import Parts, hidden_forward, parts
+from repnoise_kit.recording import record
+
+Batch = Mapping[str, Tensor]
+"""`input_ids`, `attention_mask` and `labels` (-100 outside the answer), each (batch, seq)."""
+
+MAX_ROWS = 128
+
+
+class RepNoiseLoss(NamedTuple):
+    """The terms of one batch, each a scalar that gradients flow through."""
+
+    total: Tensor
+    retain: Tensor
+    """Cross-entropy of the harmless answers, nats a token (the paper's stability term)."""
+    noise: Tensor
+    """MMD between harmful activations and Gaussian noise, mean over layers, in [0, 10]."""
+    ascent: Tensor
+    """Cross-entropy of the harmful answers read through the head, mean over layers, in nats a
+    token; before its logarithm is taken."""
+
+
+class Knobs(TypedDict, total=False):
+    """Everything in which published RepNoise losses differ, besides `alpha` and `beta`."""
+
+    mask: Literal["answer", "unequal", "none"]
+    """Tokens that count: the labelled ones, those that differ from the partner's, or all."""
+    pads: bool
+    """Padding may count too, where the mask is not `"answer"`."""
+    retain_on: Literal["mask", "answer", "all"]
+    """Tokens of the harmless sequence that the retain term is taken on."""
+    zero_logits: bool
+    """Logits at tokens outside the mask become 0: the first token inside is then a constant."""
+    drop_token_zero: bool
+    """Token id 0 is never predicted."""
+    lens: Literal["layers", "published", "final", "mlp"]
+    """What is read through the head: the output of each layer; the embedding, each layer and the
+    logits once more; the last layer; the output of each MLP."""
+    norm_last_twice: bool
+    """The last layer's output passes the final norm twice, as `hidden_states[-1]` then does."""
+    normalise: Literal["mean", "published", "sum"]
+    """What becomes of the n terms of the lens, of sum S: S/n, S/(n - 1) + 1, or S."""
+    log: bool
+    """The ascent term is -alpha · log(ascent), else -alpha · ascent."""
+    noise_on: Literal["mlp", "residual", "attention"]
+    """The activations that are turned to noise."""
+    rows: Literal["sequence", "token"]
+    """A row of the MMD: a masked sequence, flattened; or a token inside the mask, of which at
+    most 128 a batch are drawn."""
+    unbiased: bool
+    """Leave each row's kernel with itself out of the MMD."""
+    bandwidth: float | None
+    """A fixed kernel bandwidth in place of the mean squared distance."""
+    noise_seed: int | None
+    """Draw the same noise at each step."""
+
+
+PAPER: Knobs = {
+    "mask": "answer",
+    "pads": False,
+    "retain_on": "mask",
+    "zero_logits": False,
+    "drop_token_zero": False,
+    "lens": "layers",
+    "norm_last_twice": False,
+    "normalise": "mean",
+    "log": True,
+    "noise_on": "mlp",
+    "rows": "sequence",
+    "unbiased": False,
+    "bandwidth": None,
+    "noise_seed": None,
+}
+REFERENCE: Knobs = {
+    **PAPER,
+    "mask": "unequal",
+    "pads": True,
+    "zero_logits": True,
+    "drop_token_zero": True,
+    "lens": "published",
+    "norm_last_twice": True,
+    "normalise": "published",
+}
+TOKENWISE: Knobs = {**PAPER, "noise_on": "residual", "rows": "token"}
+PRESETS = {"paper": PAPER, "reference": REFERENCE, "tokenwise": TOKENWISE}
+
+
+def repnoise_loss(
+    model: nn.Module,
+    harmful: Batch,
+    harmless: Batch,
+    *,
+    retain: Batch | None = None,
+    alpha: float = 1.0,
+    beta: float = 0.001,
+    preset: str = "paper",
+    **knobs: Unpack[Knobs],
+) -> RepNoiseLoss:
+    """Return the RepNoise loss of a batch of pairs, from one forward pass over all of it.
+
+    Args:
+        model: A causal LM; it is run in whatever mode and precision it is in.
+        harmful: The questions with their harmful answers.
+        harmless: The same questions, in the same order, with their harmless answers (refusals).
+        retain: Everyday questions and answers that must stay as they are. They join the retain
+            term only, token by token; the paper has none.
+        alpha: Weight of the ascent term (the paper: 1).
+        beta: Weight of the noise term (the paper: 0.001 on BeaverTails, 4 on DecodingTrust).
+        preset: `"paper"`, the method as written; `"reference"`, what the authors' published code
+            computes, from ids of equal shape and no labels; `"tokenwise"`, noise on the residual
+            stream, one row a token.
+        knobs: Departures from the preset, each described in `Knobs`.
+
+    Raises:
+        KitError: an unknown preset or knob, a negative or non-finite weight, or batches that are
+            not partners.
+    """
+    check_numbers(alpha=alpha, beta=beta)
+    chosen = _choose(preset, knobs)
+    _check_partners(harmful, harmless, chosen)
+    bad, bad_inside = _labels(harmful, harmless, chosen, chosen["mask"])
+    scope = chosen["mask"] if chosen["retain_on"] == "mask" else chosen["retain_on"]
+    good, good_inside = _labels(harmless, harmful, chosen, scope)
+    batches = [harmful, harmless] if retain is None else [harmful, harmless, retain]
+
+    with (
+        record(model, "residual") as stream,
+        record(model, "embedding") as embedding,
+        record(model, "mlp") as mlp,
+        record(model, chosen["noise_on"]) as noisy,
+    ):
+        hidden_forward(model, _join(batches, "input_ids"), _join(batches, "attention_mask"))
+
+    found = parts(model)
+    count, width = bad.shape
+    last = found.norm(stream[len(found.layers) - 1])
+
+    answers = [good] if retain is None else [good, retain["labels"]]
+    inside = [good_inside] if retain is None else [good_inside, torch.ones_like(retain["labels"])]
+    retain_term = lens_ce(
+        last[count:, : max(part.shape[1] for part in answers)],
+        _stack(answers, IGNORE),
+        found.to_logits,
+        _stack(inside, 1) if chosen["zero_logits"] else None,
+    )
+
+    read = _readings(chosen, found, stream, embedding, mlp, last)
+    zeroed = bad_inside if chosen["zero_logits"] else None
+    ascent = _normalise(
+        [lens_ce(h[:count, :width], bad, found.to_logits, zeroed) for h in read],
+        chosen["normalise"],
+    )
+    noise = _noise([noisy[i][:count, :width] for i in sorted(noisy)], bad_inside, chosen)
+
+    total = retain_term + beta * noise - alpha * (ascent.log() if chosen["log"] else ascent)
+    return RepNoiseLoss(total, retain_term, noise, ascent)
+
+
+def _readings(chosen, found: Parts, stream, embedding, mlp, last: Tensor) -> list[Tensor]:
+    """Return what is read through the head, normalised, first layer first."""
+    if chosen["lens"] == "final":
+        return [last]
+    if chosen["lens"] == "mlp":
+        return [found.norm(mlp[i]) for i in sorted(mlp)]
+    final = found.norm(last) if chosen["norm_last_twice"] else last
+    layers = [found.norm(stream[i]) for i in sorted(stream)[:-1]] + [final]
+    return layers if chosen["lens"] == "layers" else [found.norm(embedding[0]), *layers, last]
+
+
+def _normalise(terms: list[Tensor], how: str) -> Tensor:
+    total = torch.stack(terms).sum()
+    if how == "published":
+        # The published code divides by L + 1 for its L + 2 terms, and adds 1 to the quotient.
+        return total / (len(terms) - 1) + 1
+    return total / len(terms) if how == "mean" else total
+
+
+def _noise(activations: list[Tensor], inside: Tensor, chosen: Knobs) -> Tensor:
+    """Return the mean over layers of the MMD between activations and noise, inside the mask."""
+    draw = torch.Generator(inside.device)
+    if (seed := chosen["noise_seed"]) is not None:
+        draw.manual_seed(seed)
+    if chosen["rows"] == "token":
+        rows = inside.flatten().nonzero().squeeze(1)
+        if len(rows) > MAX_ROWS:
+            rows = rows[torch.randperm(len(rows), device=rows.device)[:MAX_ROWS]]
+    terms = []
+    for layer in activations:
+        if seed is None:
+            drawn = torch.randn_like(layer)
+        else:
+            drawn = torch.randn(layer.shape, generator=draw, device=layer.device, dtype=layer.dtype)
+        if chosen["rows"] == "token":
+            x, y = layer.flatten(0, 1)[rows], drawn.flatten(0, 1)[rows]
+        else:
+            within = inside.unsqueeze(-1)
+            x, y = (layer * within).flatten(1), (drawn * within).flatten(1)
+        terms.append(mmd(x, y, unbiased=chosen["unbiased"], bandwidth=chosen["bandwidth"]))
+    return torch.stack(terms).mean()
+
+
+def _labels(batch: Batch, partner: Batch, chosen: Knobs, scope: str) -> tuple[Tensor, Tensor]:
+    """Return the labels of a batch, -100 outside the scope, and the scope as ones and zeros."""
+    ids = batch["input_ids"]
+    if scope == "answer":
+        inside = batch["labels"] != IGNORE
+    else:
+        inside = ids != partner["input_ids"] if scope == "unequal" else torch.ones_like(ids).bool()
+        if not chosen["pads"]:
+            inside = inside & batch["attention_mask"].bool()
+    labels = ids.masked_fill(~inside, IGNORE)
+    if chosen["drop_token_zero"]:
+        labels = labels.masked_fill(ids == 0, IGNORE)
+    return labels, inside.long()
+
+
+def _choose(preset: str, knobs: Knobs) -> Knobs:
+    if preset not in PRESETS:
+        raise KitError(f"there is no preset {preset!r}; there are {', '.join(PRESETS)}")
+    if unknown := sorted(set(knobs) - set(PAPER)):
+        raise KitError(f"repnoise_loss has no knob {unknown[0]!r}; it has {', '.join(PAPER)}")
+    return {**PRESETS[preset], **knobs}
+
+
+def _check_partners(harmful: Batch, harmless: Batch, chosen: Knobs) -> None:
+    here, there = tuple(harmful["input_ids"].shape), tuple(harmless["input_ids"].shape)
+    if here[0] != there[0]:
+        raise KitError(f"{here[0]} harmful rows have {there[0]} harmless partners; give as many")
+    if chosen["mask"] == "unequal" and here != there:
+        raise KitError(
+            f"a mask by unequal ids needs batches of one shape, not {here} and {there}; pad both "
+            "to one width or use mask='answer'"
+        )
+
+
+def _join(batches: list[Batch], key: str) -> Tensor:
+    return _stack([batch[key] for batch in batches], 0)
+
+
+def _stack(rows: list[Tensor], fill: int) -> Tensor:
+    """Put batches under one another, padding the narrower ones on the right."""
+    width = max(part.shape[1] for part in rows)
+    return torch.cat(
+        [nn.functional.pad(part, (0, width - part.shape[1]), value=fill) for part in rows]
+    )

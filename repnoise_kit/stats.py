@@ -1,0 +1,143 @@
+"""How sure are we: intervals and paired differences over seeds and questions."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from repnoise_kit.results import need
+
+LEVEL = 0.95
+
+SHARES = ("recall", "harmfulness", "refusal", "utility", "degenerate", "degenerate_everyday")
+"""Metrics that lie in [0, 1]; a testbed without a judge gives `utility` in nats, below 0."""
+
+
+class Interval(NamedTuple):
+    """A mean and its 95 % confidence interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        """Write it as in a table: `0.79 [0.71, 0.87]`."""
+        return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
+
+
+def interval(table: np.ndarray) -> Interval:
+    """Return the mean of a seeds × questions table with a 95 % confidence interval.
+
+    All seeds share the questions, so the two are crossed: the variance of the mean is
+    σ²_seed/S + σ²_question/Q + σ²_rest/(S·Q), estimated from the mean squares of the two-way
+    table and put on Student's t with Satterthwaite's degrees of freedom. Of one seed, the interval
+    is over questions only. Where every value is 0, or every value 1, no spread can be seen, and
+    the bound is the exact binomial one over questions.
+
+    Args:
+        table: (seeds, questions), no value missing.
+    """
+    seeds, questions = table.shape
+    mean = float(table.mean())
+    if np.all(table == table.flat[0]) and mean in (0.0, 1.0):
+        edge = (1 - LEVEL) / 2
+        far = edge ** (1 / questions)
+        return Interval(mean, far if mean else 0.0, 1.0 if mean else 1 - far)
+    if seeds == 1 or questions == 1:
+        count = table.size
+        variance = table.var(ddof=1) / count if count > 1 else np.nan
+        freedom = count - 1
+    else:
+        variance, freedom = _crossed(table)
+    half = stats.t.ppf((1 + LEVEL) / 2, freedom) * np.sqrt(variance)
+    return Interval(mean, mean - float(half), mean + float(half))
+
+
+def summary(
+    frame: pd.DataFrame, by: Sequence[str] = ("defence", "attack", "group", "metric")
+) -> pd.DataFrame:
+    """Return one row for each cell and seed, and one over all seeds where there are several.
+
+    Args:
+        frame: Per-question rows: the columns of `by`, `metric`, `value`, `seed` and `prompt`.
+        by: What tells cells apart.
+
+    Returns:
+        The columns of `by`, then `value, low, high, n` (questions), `seed` (`all` where pooled) and
+        `over` (what the interval is over: `prompts`, or `seeds and prompts`). Perplexities are
+        averaged as logarithms.
+    """
+    need(frame, *by, "value", "seed", "prompt")
+    rows = []
+    for _, cell in frame.groupby(list(by), sort=False):
+        keys = cell[list(by)].iloc[0].to_dict()
+        table = cell.pivot_table(index="seed", columns="prompt", values="value")
+        pooled = [("all", table)] if len(table) > 1 else []
+        for seed, part in [*pooled, *((seed, table.loc[[seed]]) for seed in table.index)]:
+            found = _of_metric(part.to_numpy(), keys.get("metric", ""))
+            over = "seeds and prompts" if seed == "all" else "prompts"
+            rows.append(
+                keys | found._asdict() | {"n": part.shape[1], "seed": str(seed), "over": over}
+            )
+    return pd.DataFrame(rows)
+
+
+def difference(
+    frame: pd.DataFrame, treated: dict[str, object], control: dict[str, object]
+) -> Interval:
+    """Return the mean of treated minus control, paired by seed and question.
+
+    Args:
+        frame: Per-question rows of one metric.
+        treated: Columns and the values they have in the one cell: `{"defence": "repnoise"}`.
+        control: The same for the other.
+    """
+    tables = [
+        _cell(frame, cell).pivot_table(index="seed", columns="prompt", values="value")
+        for cell in (treated, control)
+    ]
+    return interval((tables[0] - tables[1]).to_numpy())
+
+
+def verdict(found: Interval) -> str:
+    """Say a difference in words: `lower, by 0.41 [0.33, 0.49]`, `higher, by …`, `within noise`."""
+    if found.low > 0:
+        return f"higher, by {found}"
+    if found.high < 0:
+        return f"lower, by {Interval(-found.value, -found.high, -found.low)}"
+    return f"within noise ({found.value:+.2f} [{found.low:.2f}, {found.high:.2f}])"
+
+
+def _crossed(table: np.ndarray) -> tuple[float, float]:
+    seeds, questions = table.shape
+    by_seed, by_question = table.mean(1, keepdims=True), table.mean(0, keepdims=True)
+    rest = table - by_seed - by_question + table.mean()
+    freedoms = np.array([seeds - 1, questions - 1, (seeds - 1) * (questions - 1)])
+    squares = np.array(
+        [
+            questions * by_seed.var(ddof=1),
+            seeds * by_question.var(ddof=1),
+            (rest**2).sum() / freedoms[2],
+        ]
+    )
+    # The estimate may fall below either part alone, or below 0: never claim less than a part.
+    total = max(squares[0] + squares[1] - squares[2], squares[0], squares[1])
+    freedom = total**2 / (squares**2 / freedoms).sum()
+    return total / table.size, max(freedom, 1.0)
+
+
+def _of_metric(table: np.ndarray, metric: str) -> Interval:
+    if metric == "perplexity":
+        return Interval(*(float(np.exp(bound)) for bound in interval(np.log(table))))
+    found = interval(table)
+    if metric in SHARES and table.min() >= 0:
+        return Interval(found.value, *(float(np.clip(b, 0, 1)) for b in found[1:]))
+    return found
+
+
+def _cell(frame: pd.DataFrame, cell: dict[str, object]) -> pd.DataFrame:
+    for column, value in cell.items():
+        frame = frame[frame[column] == value]
+    return frame

@@ -1,0 +1,99 @@
+"""Keep work on disk: named by fingerprint, written whole or not at all, by one maker at a time."""
+
+import ast
+import hashlib
+import inspect
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from filelock import FileLock
+
+from repnoise_kit.errors import KitError
+
+
+def cache_dir() -> Path:
+    """Return the kit's cache folder: `REPNOISE_CACHE`, or `repnoise_kit` in the user's cache."""
+    if chosen := os.environ.get("REPNOISE_CACHE"):
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "repnoise_kit"
+
+
+def fingerprint(*values: Any) -> str:
+    """Return 16 hexadecimal digits that stand for some JSON-like values, in this order."""
+    text = json.dumps(values, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def code_of(*rooms: ModuleType) -> list[str]:
+    """Return what modules compute, as text that comments, docstrings and layout do not change."""
+    return [ast.dump(_without_docstrings(ast.parse(inspect.getsource(room)))) for room in rooms]
+
+
+@contextmanager
+def written_whole(target: Path | str) -> Generator[Path]:
+    """Yield a temporary path beside `target`; what is there on leaving becomes the target.
+
+    The path may be filled as a file or as a folder. After an exception the target is as it was.
+
+    Raises:
+        KitError: the folder cannot be written to.
+    """
+    target = Path(target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        room = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    except OSError as error:
+        raise KitError(
+            f"cannot write to {target.parent} ({error.strerror}); choose another folder"
+        ) from error
+    try:
+        fresh = room / target.name
+        yield fresh
+        if target.is_dir():
+            shutil.rmtree(target)
+        fresh.replace(target)
+    finally:
+        shutil.rmtree(room, ignore_errors=True)
+
+
+@contextmanager
+def one_maker(target: Path) -> Generator[None]:
+    """Let one process at a time make `target`; the system frees the lock of one that dies."""
+    with written_whole(target.parent / ".writable") as probe:
+        probe.touch()
+    with FileLock(target.with_name(target.name + ".lock")):
+        yield
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of each file in a folder, by name."""
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.iterdir())
+        if path.is_file()
+    }
+
+
+def data_dir() -> Path:
+    """Return the folder of the kit's data: the checkout's, or the copy in a wheel."""
+    package = Path(__file__).parent
+    checkout = package.parent / "data"
+    return checkout if checkout.is_dir() else package / "_data"
+
+
+def _without_docstrings(tree: ast.Module) -> ast.Module:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+            node.body = [part for part in node.body if not _is_text(part)] or [ast.Pass()]
+    return tree
+
+
+def _is_text(node: ast.AST) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
