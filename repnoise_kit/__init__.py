@@ -10,8 +10,8 @@ __version__ = "0.1.0"
 _ROOMS = {
     "errors": ("KitError",),
     "results": ("Result", "stack"),
-    "stats": ("difference", "interval", "summary", "verdict"),
-    "style": ("paper",),
+    "stats": ("Interval", "difference", "interval", "summary", "verdict"),
+    "style": ("clean_style",),
     "pairs": ("Pairs", "load_answers", "load_pairs"),
     "splits": ("Splits", "split"),
     "model": ("frozen",),
@@ -36,6 +36,8 @@ __all__ = sorted(_HOME)
 def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    if name in _ROOMS:
+        return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -70,11 +72,12 @@ if TYPE_CHECKING:
     from repnoise_kit.results import stack as stack
     from repnoise_kit.splits import Splits as Splits
     from repnoise_kit.splits import split as split
+    from repnoise_kit.stats import Interval as Interval
     from repnoise_kit.stats import difference as difference
     from repnoise_kit.stats import interval as interval
     from repnoise_kit.stats import summary as summary
     from repnoise_kit.stats import verdict as verdict
-    from repnoise_kit.style import paper as paper
+    from repnoise_kit.style import clean_style as clean_style
     from repnoise_kit.testbeds import Testbed as Testbed
     from repnoise_kit.testbeds import lab as lab
     from repnoise_kit.testbeds import testbed as testbed

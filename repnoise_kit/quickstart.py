@@ -104,8 +104,10 @@ def readable(cells: pd.DataFrame, group: str) -> pd.DataFrame:
     wide = wide[[metric for metric in metrics if metric in wide]]
     if "utility" not in wide:
         wide.insert(3, "utility", "not measured")
-    notes = rows.groupby(["defence", "attack"], sort=False)["note"].first()
-    return wide.assign(note=notes.reindex(wide.index)).reset_index()
+    notes = rows.groupby(["defence", "attack"], sort=False)["note"].first().reindex(wide.index)
+    for metric in ("recall", "harmfulness"):
+        wide[metric] = wide[metric].where(notes == "", wide[metric] + " broken")
+    return wide.assign(note=notes.str.removeprefix("broken: ")).reset_index()
 
 
 def _kept(

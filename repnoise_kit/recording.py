@@ -30,12 +30,12 @@ def record(
     found = parts(model)
     chosen = range(len(found.layers)) if layers is None else check_layers(model, layers)
     activations: dict[int, Tensor] = {}
+    entry: dict[int, Tensor] = activations if site == "embedding" else {}
     hooks = []
     try:
-        if site == "embedding":
-            hooks.append(_hook_entry(found.layers[0], activations))
-        else:
-            hooks += [_hook_exit(_module(found, site, i), i, activations) for i in chosen]
+        hooks.append(_hook_entry(found.layers[0], entry))
+        if site != "embedding":
+            hooks += [_hook_exit(_module(found, site, i), i, activations, entry) for i in chosen]
         yield activations
     finally:
         for hook in hooks:
@@ -48,10 +48,12 @@ def _module(found: Parts, site: Site, layer: int) -> nn.Module:
     return found.mlp(layer) if site == "mlp" else found.attention(layer)
 
 
-def _hook_exit(module: nn.Module, layer: int, into: dict[int, Tensor]):
+def _hook_exit(module: nn.Module, layer: int, into: dict[int, Tensor], entry: dict[int, Tensor]):
     def keep(_module, _args, output) -> None:
-        # Blocks return a tensor or a tuple, depending on the family and the version.
-        into[layer] = output[0] if isinstance(output, tuple) else output
+        # Blocks return a tensor or a tuple, depending on the family and the version, and some
+        # MLPs (OPT) one row a token.
+        tensor = output[0] if isinstance(output, tuple) else output
+        into[layer] = tensor.reshape(*entry[0].shape[:2], -1)
 
     return module.register_forward_hook(keep)
 

@@ -5,7 +5,7 @@ the two letters, and every published value is in the naming used here).
 """
 
 from collections.abc import Mapping
-from typing import Literal, NamedTuple, TypedDict, Unpack
+from typing import Literal, NamedTuple, TypedDict, Unpack, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -233,6 +233,11 @@ def _choose(preset: str, knobs: Knobs) -> Knobs:
         raise KitError(f"there is no preset {preset!r}; there are {', '.join(PRESETS)}")
     if unknown := sorted(set(knobs) - set(PAPER)):
         raise KitError(f"repnoise_loss has no knob {unknown[0]!r}; it has {', '.join(PAPER)}")
+    given: dict[str, object] = {**knobs}
+    for name, kind in get_type_hints(Knobs).items():
+        allowed = get_args(kind) if get_origin(kind) is Literal else ()
+        if name in given and allowed and given[name] not in allowed:
+            raise KitError(f"{name} must be one of {', '.join(allowed)}, not {given[name]!r}")
     return {**PRESETS[preset], **knobs}
 
 

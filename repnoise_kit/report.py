@@ -45,7 +45,7 @@ def sentences(differences: pd.DataFrame) -> list[str]:
 
 def figures(rows: Result, curves: Result) -> dict[str, Figure]:
     """Return the quickstart's figures by name, drawn in the kit's style."""
-    with style.paper():
+    with style.clean_style():
         plain, ax = plt.subplots(figsize=(8.4, 2.6))
         plots.plot_questions(rows, ax=ax)
         drawn = {
@@ -73,7 +73,7 @@ def write(rows: Result, curves: Result, out: Path) -> pd.DataFrame:
     for name, figure in figures(rows, curves).items():
         with written_whole(out / f"{name}.png") as fresh:
             # The kit's style lays panels out when they are drawn, so it holds here too.
-            with style.paper():
+            with style.clean_style():
                 figure.savefig(fresh, format="png", dpi=110)
             pictures[name] = fresh.read_bytes()
         plt.close(figure)

@@ -49,7 +49,7 @@ class Style(dict, ContextDecorator):
         self._context.__exit__(*error)
 
 
-def paper() -> Style:
+def clean_style() -> Style:
     """Return a quiet style: no box around a plot, no frame around its legend."""
     return Style(
         {

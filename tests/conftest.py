@@ -42,7 +42,12 @@ def make_tiny(vocab: int = 50, layers: int = 3):
     )
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return LlamaForCausalLM(config).eval()
+        model = LlamaForCausalLM(config).eval()
+        # Norms that do something, so that one norm too many shows.
+        for name, weight in model.named_parameters():
+            if "norm" in name:
+                weight.data.uniform_(0.5, 1.5)
+        return model
 
 
 @pytest.fixture
