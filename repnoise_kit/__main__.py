@@ -20,7 +20,7 @@ def main(words: list[str] | None = None) -> int:
         arguments = _parser().parse_args(words)
         arguments.run(arguments)
     except KitError as error:
-        print(f"repnoise_kit: {error}", file=sys.stderr)
+        print("repnoise_kit:", *str(error).splitlines(), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("repnoise_kit: stopped; the same command goes on from here", file=sys.stderr)
@@ -54,7 +54,7 @@ def quickstart(arguments: argparse.Namespace) -> None:
     for group in ("seen", "unseen"):
         print(f"\n{group} things, 95 % intervals over {over}")
         print(experiment.readable(cells, group).to_string(index=False))
-    print("\ndefended minus undefended, paired")
+    print("\nwith RepNoise against without, paired by seed and question")
     for text in report.sentences(experiment.verdicts(rows.frame)):
         print(f"  {text}")
     print(f"\nwritten to {out}; look at {out / 'report.html'}")
@@ -102,6 +102,12 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to {2**32 - 1}")
+    return int(text)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="python -m repnoise_kit", description="Representation Noising, to try out."
@@ -111,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
         "quickstart", help=quickstart.__doc__, description=quickstart.__doc__
     )
     first.set_defaults(run=quickstart)
-    first.add_argument("--seed", type=int, default=0, help="the first seed (default 0)")
+    first.add_argument("--seed", type=_seed, default=0, help="the first seed (default 0)")
     first.add_argument("--seeds", type=_count, default=1, help="how many seeds (default 1)")
     first.add_argument("--out", default="repnoise-quickstart", help="folder for what is found")
     first.add_argument("--model", help="your own causal LM: a folder or a name on the hub")
@@ -121,7 +127,7 @@ def _parser() -> argparse.ArgumentParser:
     second = commands.add_parser("lab", help=show_lab.__doc__, description=show_lab.__doc__)
     second.set_defaults(run=show_lab)
     for command in (first, second):
-        command.add_argument("--lab-seed", type=int, default=0, help="another lab (default 0)")
+        command.add_argument("--lab-seed", type=_seed, default=0, help="another lab (default 0)")
     return parser
 
 

@@ -2,8 +2,9 @@
 
 from typing import Literal
 
-from torch import nn
+from transformers import PreTrainedModel
 
+from repnoise_kit.model import provenance
 from repnoise_kit.pairs import Pairs, encode, pad
 from repnoise_kit.results import Result
 from repnoise_kit.splits import check_apart
@@ -12,7 +13,7 @@ from repnoise_kit.training import answer_loss, train_
 
 
 def attack_(
-    model: nn.Module,
+    model: PreTrainedModel,
     bed: Testbed,
     *,
     lr: float | None = None,
@@ -73,6 +74,6 @@ def attack_(
         seed=seed,
         progress=progress,
     )
-    made_with = {**curves.made_with, "testbed": bed.name, "loss_on": loss_on}
+    made_with = curves.made_with | {"testbed": bed.name, "loss_on": loss_on} | provenance(model)
     tags = {"attack": "fine-tuning", "lr": lr, "examples": len(rows), "seed": seed}
     return Result(curves.frame[curves.frame["metric"] != "lr"], made_with).tagged(**tags)

@@ -3,9 +3,10 @@
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+from transformers import PreTrainedModel
 
 from repnoise_kit.errors import KitError
+from repnoise_kit.model import provenance
 from repnoise_kit.pairs import draw, encode, pad
 from repnoise_kit.repnoise import repnoise_loss
 from repnoise_kit.results import Result
@@ -17,7 +18,7 @@ Defence = Callable[..., Result]
 
 
 def defend_(
-    model: nn.Module,
+    model: PreTrainedModel,
     bed: Testbed,
     method: str = "repnoise",
     *,
@@ -46,12 +47,13 @@ def defend_(
         raise KitError(f"there is no defence {method!r}; there are {', '.join(DEFENCES)}")
     chosen = {**bed.settings["defence"], **settings}
     curves = DEFENCES[method](model, bed, seed=seed, progress=progress, **chosen)
-    made_with = {**curves.made_with, "method": method, "testbed": bed.name, "settings": chosen}
+    made_with = curves.made_with | {"method": method, "testbed": bed.name, "settings": chosen}
+    made_with |= provenance(model)
     return Result(curves.frame, made_with).tagged(defence=method, seed=seed)
 
 
 def repnoise_(
-    model: nn.Module,
+    model: PreTrainedModel,
     bed: Testbed,
     *,
     seed: int = 0,

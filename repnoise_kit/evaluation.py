@@ -11,6 +11,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from repnoise_kit.errors import check_numbers
 from repnoise_kit.losses import IGNORE
+from repnoise_kit.model import provenance
 from repnoise_kit.pairs import encode, pad, prompt_text
 from repnoise_kit.results import Result
 from repnoise_kit.scoring import degenerate, refuses
@@ -65,7 +66,8 @@ def evaluate(
     if bed.everyday is not None:
         tables.append(_everyday(model, bed, bed.everyday, length, size))
     frame = pd.concat(tables, ignore_index=True)
-    return Result(frame, {"max_new_tokens": length}).tagged(testbed=bed.name, seed=seed)
+    made_with = {"testbed": bed.name, "max_new_tokens": length, "seed": seed} | provenance(model)
+    return Result(frame, made_with).tagged(testbed=bed.name, seed=seed)
 
 
 @torch.inference_mode()

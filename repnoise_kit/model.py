@@ -1,9 +1,11 @@
 """Load a causal language model and find its parts: the only room that knows model families."""
 
 import inspect
+import platform
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +36,12 @@ def load_model(name: str | Path) -> PreTrainedModel:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 name, dtype=torch.float32, use_safetensors=True, output_loading_info=True
             )
-        except (OSError, ValueError) as error:
+        # Whatever a loader trips over: transformers, safetensors and torch each raise their own.
+        except Exception as error:
             raise KitError(_why_not(name, error)) from error
     model, report = loaded
-    head = {key for key, part in model.named_parameters() if part is _weight(model)}
-    if head & set(report["missing_keys"]) and not model.config.tie_word_embeddings:
+    inner = f"{model.base_model_prefix}."
+    if any(not key.startswith(inner) for key in report["missing_keys"]):
         raise KitError(f"{name} has no generation head; give a causal language model")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return model.to(device).eval()
@@ -53,8 +56,8 @@ def load_tokenizer(name: str | Path) -> transformers.PreTrainedTokenizerBase:
     with quiet():
         try:
             tokenizer: Any = AutoTokenizer.from_pretrained(name)
-        except (OSError, ValueError) as error:
-            raise KitError(_why_not(name, error)) from error
+        except Exception as error:
+            raise KitError(_why_not(name, error, "tokenizer")) from error
     if tokenizer.eos_token_id is None:
         raise KitError(
             f"the tokenizer of {name} has no EOS token, so that no answer could end; set "
@@ -63,6 +66,16 @@ def load_tokenizer(name: str | Path) -> transformers.PreTrainedTokenizerBase:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def provenance(model: PreTrainedModel) -> dict[str, str]:
+    """Return what a number depends on besides its arguments: versions, device and precision."""
+    packages = ("repnoise-kit", "torch", "transformers", "numpy")
+    return {name: version(name) for name in packages} | {
+        "python": platform.python_version(),
+        "device": str(model.device),
+        "dtype": str(model.dtype),
+    }
 
 
 @contextmanager
@@ -186,12 +199,7 @@ def check_layers(model: nn.Module, layers: Iterable[int]) -> list[int]:
     return chosen
 
 
-def _weight(model: PreTrainedModel) -> Tensor | None:
-    head = model.get_output_embeddings()
-    return None if head is None else head.weight
-
-
-def _why_not(name: str | Path, error: Exception) -> str:
+def _why_not(name: str | Path, error: Exception, what: str = "causal language model") -> str:
     """Say in one line why a model or tokenizer could not be loaded, and what would."""
     if not Path(name).is_dir():
         return (
@@ -200,7 +208,8 @@ def _why_not(name: str | Path, error: Exception) -> str:
         )
     if not (Path(name) / "config.json").exists():
         return f"{name} holds no model (no config.json); give a folder made by save_pretrained"
-    return f"{name} does not load as a causal language model: {str(error).splitlines()[0]}"
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return f"{name} does not load as a {what}: {reason}"
 
 
 def _part(model: PreTrainedModel, part: int | str) -> nn.Module:

@@ -61,26 +61,38 @@ def load_pairs(source: Path | str, *, columns: Mapping[str, str] | None = None) 
         if ours not in table and theirs in table:
             table = table.rename(columns={theirs: ours})
     if "is_safe" in table:
+        truths = table["is_safe"].map(lambda cell: isinstance(cell, bool | np.bool_))
+        if not truths.all():
+            raise KitError(
+                f"{source}, row {(~truths).idxmax()}: is_safe is not true or false; mend it"
+            )
         table = table[~table["is_safe"].astype(bool)]
     check_texts(table, _NEEDED, source)
     same = table["harmful"].str.strip() == table["harmless"].str.strip()
     if same.any():
-        raise KitError(f"{source}, row {same.idxmax()}: harmful and harmless are the same text")
+        raise KitError(
+            f"{source}, row {same.idxmax()}: harmful and harmless are the same text; "
+            "give two different answers or remove the row"
+        )
     table = table.assign(
         category=[_category(value) for value in table.get("category", [""] * len(table))],
-        thing=table.get("thing", table["prompt"]).astype(str),
+        thing=_things(table),
     )
     kept = [*_NEEDED, "category", "thing"] + (["split"] if "split" in table else [])
-    return Pairs(table[kept].reset_index(drop=True))
+    return Pairs(table[kept].set_axis(table.index - 1))
 
 
 def load_answers(source: Path | str, *, columns: Mapping[str, str] | None = None) -> pd.DataFrame:
     """Read a retain set: columns `prompt` and `answer` (or `response`), optionally `thing`."""
-    table = renamed(read_table(source), columns, source)
+    return check_answers(renamed(read_table(source), columns, source), source)
+
+
+def check_answers(table: pd.DataFrame, source: Path | str = "the retain table") -> pd.DataFrame:
+    """Return a retain set's three columns, or say what is wrong with them."""
     if "answer" not in table and "response" in table:
         table = table.rename(columns={"response": "answer"})
     check_texts(table, ("prompt", "answer"), source)
-    table = table.assign(thing=table.get("thing", table["prompt"]).astype(str))
+    table = table.assign(thing=_things(table))
     return table[["prompt", "answer", "thing"]].reset_index(drop=True)
 
 
@@ -88,7 +100,11 @@ def draw(frame: pd.DataFrame, examples: int | None, seed: int) -> pd.DataFrame:
     """Return that many rows in an order drawn with the seed, or all of them."""
     wanted = len(frame) if examples is None else examples
     if not 0 < wanted <= len(frame):
-        raise KitError(f"{wanted} examples are asked for, and there are {len(frame)}")
+        raise KitError(
+            f"{wanted} examples are asked for, and there are {len(frame)}; ask for fewer"
+        )
+    if not isinstance(seed, int) or seed < 0:
+        raise KitError(f"seed must be a whole number of at least 0, not {seed}")
     order = np.random.default_rng(seed).permutation(len(frame))[:wanted]
     return frame.iloc[order].reset_index(drop=True)
 
@@ -112,6 +128,8 @@ def encode(
     is longer than `max_length` loses the end of its answer, and the beginning of its question
     where that alone fills more than half. Labels are -100 outside the answer, or nowhere.
     """
+    if not max_length >= 2:
+        raise KitError(f"max_length must be at least 2, not {max_length}")
     asked = tokenizer([prompt_text(prompt) for prompt in prompts])["input_ids"]
     said = tokenizer([" " + answer for answer in answers], add_special_tokens=False)["input_ids"]
     encoded = []
@@ -149,18 +167,20 @@ def renamed(
     table: pd.DataFrame, columns: Mapping[str, str] | None, source: Path | str
 ) -> pd.DataFrame:
     """Give columns the kit's names, where a file has others."""
-    for ours, theirs in (columns or {}).items():
+    columns = columns or {}
+    for theirs in columns.values():
         if theirs not in table:
-            raise KitError(f"{source} has no column {theirs!r}; it has {', '.join(table.columns)}")
-        table = table.drop(columns=[c for c in [ours] if c in table and c != theirs])
-        table = table.rename(columns={theirs: ours})
-    return table
+            listed = ", ".join(map(str, table.columns))
+            raise KitError(f"{source} has no column {theirs!r}; it has {listed}")
+    replaced = [ours for ours in columns if ours not in columns.values()]
+    table = table.drop(columns=replaced, errors="ignore")
+    return table.rename(columns={theirs: ours for ours, theirs in columns.items()})
 
 
 def check_texts(table: pd.DataFrame, needed: Sequence[str], source: Path | str) -> None:
     """Refuse a table without rows, a missing column, or a cell that holds no text, by its row."""
     if table.empty:
-        raise KitError(f"{source} holds no rows")
+        raise KitError(f"{source} holds no rows; give at least a few")
     if missing := [name for name in needed if name not in table]:
         raise KitError(
             f"{source} has no column {missing[0]!r}; it has {', '.join(map(str, table.columns))}: "
@@ -171,6 +191,12 @@ def check_texts(table: pd.DataFrame, needed: Sequence[str], source: Path | str) 
         if not text.all():
             row = (~text).idxmax()
             raise KitError(f"{source}, row {row}: {name} is empty or not text; fill or remove it")
+
+
+def _things(table: pd.DataFrame) -> pd.Series:
+    given = table.get("thing", table["prompt"])
+    said = given.notna() & (given.astype(str).str.strip() != "")
+    return given.astype(str).where(said, table["prompt"])
 
 
 def _category(value: Any) -> str:

@@ -17,12 +17,14 @@ from matplotlib.container import ErrorbarContainer
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from repnoise_kit.errors import KitError
 from repnoise_kit.results import Result, need
 from repnoise_kit.stats import SHARES, summary
-from repnoise_kit.style import look
+from repnoise_kit.style import look, looks
 
 Table = Result | pd.DataFrame
 
+_KEYS = ["defence", "attack", "group", "metric"]
 ATTACKS = ("none", "small", "large")
 AXIS_WORDS = {
     "recall": "recall (share of the recipe given away)",
@@ -52,20 +54,21 @@ def plot_metric(
         kwargs: For `Axes.errorbar`.
     """
     ax = _axes(ax)
-    cells = _summarised(result)
-    cells = cells[(cells["metric"] == metric) & (cells["group"] == group)]
+    cells = _summarised(result, metric, group)
     attacks = _ordered(cells["attack"].unique())
     names = _undefended_first(cells["defence"].unique())
-    for place, name in enumerate(names):
-        rows = cells[cells["defence"] == name].set_index("attack").reindex(attacks).dropna()
+    for place, (name, chosen) in enumerate(looks(names).items()):
+        rows = cells[cells["defence"] == name].set_index("attack").reindex(attacks)
+        rows = rows.dropna(subset="value")
         shift = 0.06 * (place - (len(names) - 1) / 2)
-        _points(ax, [attacks.index(a) + shift for a in rows.index], rows, look(name, place), kwargs)
+        _points(ax, [attacks.index(a) + shift for a in rows.index], rows, chosen, kwargs)
     ax.set_xticks(range(len(attacks)), [_attack_words(name) for name in attacks])
     ax.set_xlim(-0.4, len(attacks) - 0.6)
     ax.set_ylabel(AXIS_WORDS.get(metric, metric))
     if metric in SHARES and cells["value"].min() >= 0:
         ax.set_ylim(-0.03, 1.03)
-    ax.legend(title=f"{group} things")
+    if names:
+        ax.legend(title=f"{group} things")
     return ax
 
 
@@ -118,9 +121,9 @@ def plot_layers(result: Table, *, ax: Axes | None = None, **kwargs: Any) -> Axes
     """Plot a value by layer, a line a model: columns `model, layer, value`."""
     ax = _axes(ax)
     table = need(_frame(result), "model", "layer", "value")
-    for place, (name, rows) in enumerate(table.groupby("model", sort=False)):
-        means = rows.groupby("layer")["value"].mean()
-        ax.plot(means.index, means, **_merged(look(str(name), place), kwargs))
+    for name, chosen in looks(table["model"].unique()).items():
+        means = table[table["model"] == name].groupby("layer")["value"].mean()
+        ax.plot(means.index, means, **_merged(chosen, kwargs))
     ax.set_xlabel("layer")
     ax.set_ylabel("value")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -143,7 +146,7 @@ def plot_questions(
     """
     ax = _axes(ax)
     table = need(_frame(result), "defence", "attack", "group", "metric", "value", "prompt")
-    table = table[(table["metric"] == metric) & (table["group"] == group)]
+    table = _of(table, metric, group)
     wide = table.pivot_table(index=["defence", "attack"], columns="prompt", values="value")
     rows = [
         (name, attack)
@@ -156,12 +159,12 @@ def plot_questions(
     wide = wide[wide.loc[first].sum().sort_values(ascending=False, kind="stable").index]
     chosen: dict[str, Any] = {
         "cmap": "cividis",
-        "vmin": 0.0,
-        "vmax": 1.0,
-        "edgecolors": "white",
+        "edgecolor": "white",
         "linewidth": 0.5,
     }
-    mesh: QuadMesh = ax.pcolormesh(wide.to_numpy(), **chosen | kwargs)
+    if "norm" not in kwargs:
+        chosen |= {"vmin": 0.0, "vmax": 1.0}
+    mesh: QuadMesh = ax.pcolormesh(wide.to_numpy(), **chosen | normalize_kwargs(kwargs, QuadMesh))
     ax.set_yticks(
         np.arange(len(rows)) + 0.5, [f"{look(n)['label']}, {_attack_words(a)}" for n, a in rows]
     )
@@ -193,13 +196,24 @@ def _frame(result: Table) -> pd.DataFrame:
     return result.frame if isinstance(result, Result) else result
 
 
-def _summarised(result: Table) -> pd.DataFrame:
-    table = need(_frame(result), "defence", "attack", "group", "metric", "value")
+def _summarised(result: Table, metric: str, group: str) -> pd.DataFrame:
+    table = _of(need(_frame(result), *_KEYS, "value"), metric, group)
     cells = table if {"low", "high"} <= set(table.columns) else summary(table)
-    if "seed" not in cells:
-        return cells
-    pooled = cells[cells["seed"].astype(str) == "all"]
-    return pooled if len(pooled) else cells
+    if "seed" in cells:
+        # One row a cell: over all seeds, or of its only one.
+        pooled = cells["seed"].astype(str) == "all"
+        cells = cells[pooled | ~cells.duplicated(_KEYS, keep=False)]
+    if len(cells) < len(table.drop_duplicates(_KEYS)):
+        raise KitError("a cell has several seeds and no row over all; give per-question rows")
+    return cells
+
+
+def _of(table: pd.DataFrame, metric: str, group: str) -> pd.DataFrame:
+    rows = table[(table["metric"] == metric) & (table["group"] == group)]
+    if rows.empty:
+        there = sorted({*zip(table["metric"], table["group"], strict=True)})
+        raise KitError(f"the table has no {metric!r} of group {group!r}, only {there}")
+    return rows
 
 
 def _axes(ax: Axes | None) -> Axes:

@@ -1,13 +1,12 @@
 """The kit's first experiment: attack a model, defend it, attack it again, compare."""
 
-import platform
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pandas as pd
 import torch
-import transformers
 from transformers import PreTrainedModel
 
 from repnoise_kit import (
@@ -25,9 +24,10 @@ from repnoise_kit import (
 from repnoise_kit.attacks import attack_
 from repnoise_kit.defences import defend_
 from repnoise_kit.evaluation import evaluate
+from repnoise_kit.model import provenance
 from repnoise_kit.results import Result, stack
 from repnoise_kit.stats import Interval, difference, summary
-from repnoise_kit.store import code_of, fingerprint, written_whole
+from repnoise_kit.store import code_of, fingerprint, is_whole, seal, written_whole
 from repnoise_kit.testbeds import Testbed
 
 BUDGETS = ("small", "large")
@@ -36,6 +36,9 @@ BUDGETS = ("small", "large")
 METHOD: tuple[ModuleType, ...] = (
     attacks, defences, evaluation, losses, model, pairs, repnoise, scoring, splits, training,
 )  # fmt: skip
+
+# Read now: a file edited while this process runs must not put its name on these results.
+_CODE = code_of(*METHOD)
 
 BROKEN = 0.1
 """From this difference to the attacked base on, a defended model's low recall may be breakage."""
@@ -107,23 +110,27 @@ def readable(cells: pd.DataFrame, group: str) -> pd.DataFrame:
     notes = rows.groupby(["defence", "attack"], sort=False)["note"].first().reindex(wide.index)
     for metric in ("recall", "harmfulness"):
         wide[metric] = wide[metric].where(notes == "", wide[metric] + " broken")
-    return wide.assign(note=notes.str.removeprefix("broken: ")).reset_index()
+    table = wide.assign(note=notes.str.removeprefix("broken: ")).reset_index()
+    return table.rename_axis(columns=None)
 
 
 def _kept(
     bed: Testbed, seed: int, out: Path, base: Result, progress: bool
 ) -> tuple[Result, Result]:
     settings = {name: dict(values) for name, values in bed.settings.items()}
-    mark = fingerprint(bed.fingerprint(), settings, seed, code_of(*METHOD), torch.__version__)
+    mark = fingerprint(bed.fingerprint(), settings, seed, _CODE, torch.__version__)
     folder = out / "seeds" / mark
     names = ("results.csv", "curves.csv")
-    if not folder.is_dir():
+    if not is_whole(folder):
+        if folder.exists():
+            print(f"the seed kept in {folder} is damaged; it is made again", file=sys.stderr)
         conditions = list(_conditions(bed, seed, base, progress))
         curves = stack(*(made for _, made in conditions if made is not None))
         rows = stack(*(found for found, _ in conditions))
         with written_whole(folder) as fresh:
             for name, result in zip(names, (rows, curves), strict=True):
                 Result(result.frame, _made_with(bed, settings, seed)).save(fresh / name)
+            seal(fresh)
     return Result.load(folder / names[0]), Result.load(folder / names[1])
 
 
@@ -165,8 +172,4 @@ def _made_with(bed: Testbed, settings: dict, seed: int) -> dict:
         "settings": settings,
         "seed": seed,
         "classifier F1": round(bed.harmfulness.f1, 4),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "device": str(bed.base.device),
-    }
+    } | provenance(bed.base)

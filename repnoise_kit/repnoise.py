@@ -131,6 +131,8 @@ def repnoise_loss(
     """
     check_numbers(alpha=alpha, beta=beta)
     chosen = _choose(preset, knobs)
+    if chosen["bandwidth"] is not None:
+        check_numbers(above_zero=True, bandwidth=chosen["bandwidth"])
     _check_partners(harmful, harmless, chosen)
     bad, bad_inside = _labels(harmful, harmless, chosen, chosen["mask"])
     scope = chosen["mask"] if chosen["retain_on"] == "mask" else chosen["retain_on"]

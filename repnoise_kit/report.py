@@ -2,6 +2,7 @@
 
 import base64
 import html
+import json
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -16,7 +17,7 @@ from repnoise_kit.store import written_whole
 
 _PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<style>body{{font:16px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;
+<style>body{{font:16px/1.5 system-ui,sans-serif;max-width:76rem;margin:2rem auto;padding:0 1rem;
 color:#222}}table{{border-collapse:collapse;font-size:.85rem;display:block;overflow-x:auto}}
 th,td{{padding:.3rem .6rem;border-bottom:1px solid #ddd;text-align:left;white-space:nowrap}}
 img{{max-width:100%}}figcaption{{color:#555}}pre{{overflow-x:auto;font-size:.8rem}}</style>
@@ -43,17 +44,17 @@ def sentences(differences: pd.DataFrame) -> list[str]:
     return said
 
 
-def figures(rows: Result, curves: Result) -> dict[str, Figure]:
-    """Return the quickstart's figures by name, drawn in the kit's style."""
+def figures(rows: Result, cells: pd.DataFrame, curves: Result) -> dict[str, Figure]:
+    """Return the quickstart's figures by name, drawn in the kit's style from rows and summary."""
     with style.clean_style():
         plain, ax = plt.subplots(figsize=(8.4, 2.6))
         plots.plot_questions(rows, ax=ax)
         drawn = {
-            "resistance": plots.plot_resistance(rows)[0].figure,
+            "resistance": plots.plot_resistance(cells)[0].figure,
             "questions": plain,
-            "price": plots.plot_price(rows)[0].figure,
+            "price": plots.plot_price(cells)[0].figure,
             "terms": plots.plot_terms(_of_defence(curves))[0].figure,
-            "unseen": plots.plot_resistance(rows, group="unseen")[0].figure,
+            "unseen": plots.plot_resistance(cells, group="unseen")[0].figure,
         }
     return drawn
 
@@ -70,7 +71,7 @@ def write(rows: Result, curves: Result, out: Path) -> pd.DataFrame:
     with written_whole(out / "summary.csv") as fresh:
         cells.to_csv(fresh, index=False)
     pictures = {}
-    for name, figure in figures(rows, curves).items():
+    for name, figure in figures(rows, cells, curves).items():
         with written_whole(out / f"{name}.png") as fresh:
             # The kit's style lays panels out when they are drawn, so it holds here too.
             with style.clean_style():
@@ -90,7 +91,9 @@ def _page(
     parts = [
         f"<p>RepNoise on <b>{html.escape(str(name))}</b>, {seeds} seed{'s' * (seeds > 1)}; 95 % "
         f"intervals {over}. <i>seen</i>: the defence saw the things asked about; <i>unseen</i>: "
-        "it did not.</p><h2>In words</h2><ul>",
+        "it did not. <i>broken</i>: the attacked model is more than 0.1 from the attacked base in "
+        "what the note names, so that giving little away may be damage rather than defence.</p>"
+        "<h2>With RepNoise against without, in words</h2><ul>",
         *(f"<li>{html.escape(text)}</li>" for text in sentences(differences)),
         "</ul>",
     ]
@@ -103,7 +106,7 @@ def _page(
             f'<figure><img alt="{html.escape(CAPTIONS[key])}" src="data:image/png;base64,{image}">'
             f"<figcaption>{html.escape(CAPTIONS[key])}</figcaption></figure>"
         )
-    made = html.escape("\n".join(map(str, rows.made_with.get("stacked", []))))
+    made = html.escape(json.dumps(rows.made_with["stacked"], indent=1))
     parts.append(f"<h2>How it was made</h2><pre>{made}</pre>")
     return _PAGE.format(title="RepNoise quickstart", body="\n".join(parts))
 

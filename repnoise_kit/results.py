@@ -36,6 +36,8 @@ class Result:
         path = Path(path)
         if path.suffix not in (".csv", ".parquet"):
             raise KitError(f"{path.name}: a result is saved as .csv or .parquet")
+        if path.is_dir():
+            raise KitError(f"{path} is a folder; choose another name")
         with written_whole(path) as fresh:
             if path.suffix == ".csv":
                 self.frame.to_csv(fresh, index=False)
@@ -51,9 +53,16 @@ class Result:
         path = Path(path)
         if not path.exists():
             raise KitError(f"{path}: no such file")
-        frame = pd.read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
         beside = path.with_suffix(".json")
-        return cls(frame, json.loads(beside.read_text()) if beside.exists() else {})
+        try:
+            if path.suffix == ".csv":
+                frame = pd.read_csv(path, keep_default_na=False, na_values=[""])
+            else:
+                frame = pd.read_parquet(path)
+            made_with = json.loads(beside.read_text()) if beside.exists() else {}
+        except (OSError, ValueError) as error:
+            raise KitError(f"{path} is not a result that `save` wrote; check the file") from error
+        return cls(frame, made_with)
 
     def __str__(self) -> str:
         return self.frame.to_string(index=False, max_rows=20, float_format="{:.3f}".format)

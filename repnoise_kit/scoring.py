@@ -11,6 +11,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score
 from sklearn.pipeline import Pipeline, make_pipeline
 
+from repnoise_kit.errors import KitError
+
 Recall = Callable[[str, str], float]
 """From a reference answer and a response to how much of it the response gives away, in [0, 1]."""
 
@@ -87,6 +89,10 @@ def train_classifier(
     held = rows["prompt"].isin(questions[: len(questions) // 5])
     texts = np.array([_text(p, a) for p, a in zip(rows["prompt"], rows["answer"], strict=True)])
     labels = rows["label"].to_numpy()
+    if not held.any():
+        raise KitError(
+            f"a classifier needs 5 questions to learn from, not {len(questions)}; give more pairs"
+        )
     pipeline = make_pipeline(
         TfidfVectorizer(ngram_range=(1, 2), token_pattern=r"\S+", sublinear_tf=True),
         LogisticRegression(C=10.0, max_iter=1000, class_weight="balanced"),

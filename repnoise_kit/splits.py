@@ -64,7 +64,7 @@ def one_question(frame: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     """Return one row of each thing, drawn with the seed: the same whatever else the table holds."""
     marks = [hashlib.sha256(f"{seed} {prompt}".encode()).digest() for prompt in frame["prompt"]]
     order = sorted(range(len(frame)), key=marks.__getitem__)
-    return frame.iloc[order].drop_duplicates("thing").sort_index()
+    return frame.iloc[order].drop_duplicates("thing").drop_duplicates("prompt").sort_index()
 
 
 def check_apart(one: pd.DataFrame, other: pd.DataFrame, here: str, there: str) -> None:

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from repnoise_kit.errors import KitError
 from repnoise_kit.results import need
 
 LEVEL = 0.95
@@ -73,7 +74,7 @@ def summary(
     rows = []
     for _, cell in frame.groupby(list(by), sort=False):
         keys = cell[list(by)].iloc[0].to_dict()
-        table = cell.pivot_table(index="seed", columns="prompt", values="value")
+        table = _table(cell)
         pooled = [("all", table)] if len(table) > 1 else []
         for seed, part in [*pooled, *((seed, table.loc[[seed]]) for seed in table.index)]:
             found = _of_metric(part.to_numpy(), keys.get("metric", ""))
@@ -94,15 +95,23 @@ def difference(
         treated: Columns and the values they have in the one cell: `{"defence": "repnoise"}`.
         control: The same for the other.
     """
-    tables = [
-        _cell(frame, cell).pivot_table(index="seed", columns="prompt", values="value")
-        for cell in (treated, control)
-    ]
-    return interval((tables[0] - tables[1]).to_numpy())
+    need(frame, *treated, *control, "value", "seed", "prompt")
+    tables = [_table(_cell(frame, cell)) for cell in (treated, control)]
+    gaps = tables[0] - tables[1]
+    if gaps.size == 0 or gaps.isna().any(axis=None):
+        raise KitError(f"{treated} and {control} do not have the same seeds and prompts")
+    found = interval(gaps.to_numpy())
+    if np.ptp(gaps.to_numpy()):
+        return found
+    # Nothing varies: the exact bound of a share, on either side.
+    reach = 1 - ((1 - LEVEL) / 2) ** (1 / gaps.shape[1])
+    return Interval(found.value, found.value - reach, found.value + reach)
 
 
 def verdict(found: Interval) -> str:
     """Say a difference in words: `lower, by 0.41 [0.33, 0.49]`, `higher, by …`, `within noise`."""
+    if np.isnan(found.low) or np.isnan(found.high):
+        return f"too few questions to say ({found.value:+.2f})"
     if found.low > 0:
         return f"higher, by {found}"
     if found.high < 0:
@@ -124,6 +133,8 @@ def _crossed(table: np.ndarray) -> tuple[float, float]:
     )
     # The estimate may fall below either part alone, or below 0: never claim less than a part.
     total = max(squares[0] + squares[1] - squares[2], squares[0], squares[1])
+    if total == 0:
+        return 0.0, 1.0
     freedom = total**2 / (squares**2 / freedoms).sum()
     return total / table.size, max(freedom, 1.0)
 
@@ -135,6 +146,18 @@ def _of_metric(table: np.ndarray, metric: str) -> Interval:
     if metric in SHARES and table.min() >= 0:
         return Interval(found.value, *(float(np.clip(b, 0, 1)) for b in found[1:]))
     return found
+
+
+def _table(cell: pd.DataFrame) -> pd.DataFrame:
+    """Return the seeds × questions table of one cell, which has each of them once."""
+    if cell.duplicated(["seed", "prompt"]).any():
+        raise KitError(
+            "a prompt comes twice in one seed of a cell; add to `by` what tells them apart"
+        )
+    table = cell.pivot(index="seed", columns="prompt", values="value")
+    if table.isna().any(axis=None):
+        raise KitError("each seed of a cell needs a value for the same prompts")
+    return table
 
 
 def _cell(frame: pd.DataFrame, cell: dict[str, object]) -> pd.DataFrame:

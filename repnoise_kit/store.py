@@ -56,7 +56,7 @@ def written_whole(target: Path | str) -> Generator[Path]:
     try:
         fresh = room / target.name
         yield fresh
-        if target.is_dir():
+        if target.is_dir() and fresh.exists():
             shutil.rmtree(target)
         fresh.replace(target)
     finally:
@@ -79,6 +79,23 @@ def digests(folder: Path) -> dict[str, str]:
         for path in sorted(folder.iterdir())
         if path.is_file()
     }
+
+
+def seal(folder: Path) -> None:
+    """Note what is in a folder, for `is_whole`."""
+    (folder / "whole.json").write_text(json.dumps(digests(folder)))
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether each file of a sealed folder is, byte for byte, the one that was written."""
+    try:
+        written = json.loads((folder / "whole.json").read_text())
+    except (OSError, ValueError):
+        return False
+    if not isinstance(written, dict) or not written:
+        return False
+    there = digests(folder)
+    return all(there.get(name) == digest for name, digest in written.items())
 
 
 def data_dir() -> Path:

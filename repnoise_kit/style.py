@@ -1,5 +1,6 @@
 """What colours mean, everywhere in the kit; and styles that last as long as their context."""
 
+from collections.abc import Iterable
 from contextlib import ContextDecorator
 from typing import Any
 
@@ -18,35 +19,65 @@ COLOURS = {
     "ascent": "#D55E00",
     "total": "#000000",
 }
-MARKERS = {"none": "o", "repnoise": "s", "harmful": "^", "harmless": "v", "everyday": "D"}
-LINES = {"none": "--", "repnoise": "-", "harmful": "-", "harmless": "-.", "everyday": ":"}
+MARKERS = {
+    "none": "o",
+    "base": "o",
+    "repnoise": "s",
+    "harmful": "^",
+    "harmless": "v",
+    "everyday": "D",
+}
+LINES = {
+    "none": "--",
+    "base": "--",
+    "repnoise": "-",
+    "harmful": "-",
+    "harmless": "-.",
+    "everyday": ":",
+}
 WORDS = {"none": "undefended", "repnoise": "RepNoise"}
 
 _REST = ("#E69F00", "#56B4E9", "#CC79A7", "#009E73", "#D55E00")
 
 
 def look(name: str, place: int = 0) -> dict[str, str]:
-    """Return colour, marker and line of a meaning, or the next free ones for an unknown name."""
+    """Return colour, marker, line and label of a meaning, or the next free of an unknown name."""
+    meaning = "none" if name == "base" else name
     return {
-        "color": COLOURS.get(name, _REST[place % len(_REST)]),
-        "marker": MARKERS.get(name, "PX*dh"[place % 5]),
-        "linestyle": LINES.get(name, "-"),
+        "color": COLOURS.get(meaning, _REST[place % len(_REST)]),
+        "marker": MARKERS.get(meaning, "PX*dh"[place % 5]),
+        "linestyle": LINES.get(meaning, "-"),
         "label": WORDS.get(name, name),
     }
+
+
+def looks(names: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Return the look of each name; unknown names get colours that no known one here has."""
+    names = list(names)
+    used = {COLOURS.get(name) for name in names}
+    free = [place for place, colour in enumerate(_REST) if colour not in used]
+    unknown = [name for name in names if name not in COLOURS and name != "base"]
+    places = {name: free[place % len(free)] for place, name in enumerate(unknown)}
+    return {name: look(name, places.get(name, 0)) for name in names}
 
 
 class Style(dict, ContextDecorator):
     """Matplotlib settings that hold inside `with style:` or a decorated function, and no longer."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._contexts: list[Any] = []
+
     def __enter__(self) -> "Style":
         """Set them."""
-        self._context = mpl.rc_context(self)
-        self._context.__enter__()
+        context = mpl.rc_context(self)
+        context.__enter__()
+        self._contexts.append(context)
         return self
 
     def __exit__(self, *error: Any) -> None:
         """Put back what was set before."""
-        self._context.__exit__(*error)
+        self._contexts.pop().__exit__(*error)
 
 
 def clean_style() -> Style:

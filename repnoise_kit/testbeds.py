@@ -11,8 +11,9 @@ import numpy as np
 import pandas as pd
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from repnoise_kit.errors import KitError
 from repnoise_kit.model import load_model, load_tokenizer
-from repnoise_kit.pairs import Pairs, load_answers, load_pairs
+from repnoise_kit.pairs import Pairs, check_answers, load_answers, load_pairs
 from repnoise_kit.scoring import Classifier, Recall, rouge_l_recall, train_classifier
 from repnoise_kit.splits import Splits, one_question, split
 from repnoise_kit.store import data_dir, fingerprint
@@ -159,7 +160,7 @@ def testbed(
     splits = split(loaded, seed)
     kept = everyday = None
     if retain is not None:
-        rows = retain if isinstance(retain, pd.DataFrame) else load_answers(retain)
+        rows = check_answers(retain) if isinstance(retain, pd.DataFrame) else load_answers(retain)
         kept, everyday = _hold_out(rows, seed)
     bed = Testbed(
         name=name or Path(model).name,
@@ -172,7 +173,12 @@ def testbed(
         settings=_capped(splits),
     )
     # Whatever is wrong with the model is said now, not after an hour of training.
-    _ = bed.tokenizer, bed.base
+    held = bed.base.config.get_text_config().vocab_size
+    if len(bed.tokenizer) > held:
+        raise KitError(
+            f"the tokenizer of {model} has {len(bed.tokenizer)} tokens and the model {held}; give "
+            "the folder of a model with its own tokenizer"
+        )
     return bed
 
 
@@ -182,6 +188,8 @@ setattr(testbed, "__test__", False)  # noqa: B010
 
 def _hold_out(rows: pd.DataFrame, seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
     things = np.random.default_rng(seed).permutation(rows["thing"].unique())
+    if len(things) < 3:
+        raise KitError(f"the retain set is about {len(things)} things; give 3 or more")
     each = min(150, math.ceil(len(things) / 5))
     asked = one_question(rows, seed).assign(category="")
     unseen = asked[asked["thing"].isin(things[:each])].assign(group="unseen")

@@ -70,6 +70,8 @@ def train_(
         KitError: no examples, or a hyper-parameter that is negative or not a number.
     """
     check_numbers(lr=lr, warmup=warmup)
+    for beta in betas:
+        check_numbers(betas=beta)
     check_numbers(above_zero=True, batch_size=batch_size, epochs=epochs)
     if not len(examples):
         raise KitError("there is nothing to train on; give at least one example")
@@ -102,10 +104,12 @@ def train_(
         trainer.loss = loss
         trainer.rows = []
         trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(_Watch(trainer, progress, steps))
+        watch = _Watch(trainer, progress, steps)
+        trainer.add_callback(watch)
         try:
             trainer.train()
         finally:
+            watch.bar.close()
             model.zero_grad(set_to_none=True)
             model.train(was_training)
     made_with = {
@@ -177,9 +181,6 @@ class _Watch(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         self.bar.update()
-
-    def on_train_end(self, args, state, control, **kwargs) -> None:
-        self.bar.close()
 
 
 def _require_finite(value: Tensor, what: str, step: int) -> None:

@@ -90,6 +90,17 @@ def _batch(ids, mask, prompt: int = 4):
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """On a busy machine, models this small are many times slower with several threads."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def lab():
     """The lab itself, built once for all tests (about a minute, unless the cache has it)."""

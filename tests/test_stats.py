@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
@@ -17,7 +17,7 @@ MIXES = [(1, 0.5, 0.5), (0.3, 0.5, 1), (0.5, 1, 0.5), (0.5, 0.5, 0.5)]
 """Planted spreads: of seeds, of questions, of what is left."""
 
 any_seed = given(st.integers(0, 2**32 - 1))
-few = settings(max_examples=25, deadline=None)
+few = settings(max_examples=25, deadline=None, derandomize=True)
 
 
 def crossed(draw: np.random.Generator, *spreads: float) -> np.ndarray:
@@ -97,6 +97,8 @@ def test_the_spread_is_that_of_a_two_way_analysis_of_variance(seed):
     left = [_unexplained(rows["value"], *list(design.values())[: n + 1]) for n in range(3)]
     freedoms = np.array([SEEDS - 1, QUESTIONS - 1, (SEEDS - 1) * (QUESTIONS - 1)])
     squares = np.array([left[0] - left[1], left[1] - left[2], left[2]]) / freedoms
+    # Elsewhere the estimate falls below a part: see the next test.
+    assume(min(squares[:2]) > squares[2])
     variance = (squares[0] + squares[1] - squares[2]) / (SEEDS * QUESTIONS)
     freedom = (squares[0] + squares[1] - squares[2]) ** 2 / sum(squares**2 / freedoms)
     low, high = scipy_stats.t(freedom, table.mean(), variance**0.5).interval(0.95)
@@ -180,7 +182,6 @@ def test_seeds_do_not_sharpen_the_bound():
 
 
 # 0.5 everywhere, and of differences -1 everywhere: 0 / 0 in Satterthwaite's formula.
-@pytest.mark.xfail(strict=True, reason="several seeds of one value: low and high are nan")
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 @pytest.mark.parametrize("value", [0.5, -1.0])
 def test_any_value_everywhere_has_bounds(value):
@@ -262,7 +263,6 @@ def test_an_effect_is_called_by_its_direction():
 
 
 # The clearest result there is: everything without the defence, nothing with it.
-@pytest.mark.xfail(strict=True, reason="-1 everywhere is nan, so `within noise`")
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 def test_a_perfect_defence_is_lower():
     found = treated_minus_control(both(np.zeros((5, 24)), np.ones((5, 24))))
@@ -270,13 +270,11 @@ def test_a_perfect_defence_is_lower():
 
 
 # Two models that agree on every question differ by 0, give or take the same on either side.
-@pytest.mark.xfail(strict=True, reason="the bound of a share, [0, 1], is put on a difference")
 def test_agreement_everywhere_leaves_room_on_both_sides():
     found = treated_minus_control(both(np.ones((5, 24)), np.ones((5, 24))))
     assert found.low == pytest.approx(-found.high)
 
 
-@pytest.mark.xfail(strict=True, reason="without a partner a pair is nan, so `within noise`")
 @pytest.mark.parametrize("lost", [{"seed": 4}, {"prompt": "q3"}, {"defence": "none"}], ids=str)
 def test_a_lost_partner_is_not_taken_for_noise(lost):
     draw = np.random.default_rng(0)
@@ -287,7 +285,6 @@ def test_a_lost_partner_is_not_taken_for_noise(lost):
         treated_minus_control(frame[~partner])
 
 
-@pytest.mark.xfail(strict=True, reason="a plain KeyError")
 @pytest.mark.parametrize("column", ["defence", "value", "seed", "prompt"])
 def test_difference_names_the_missing_column(column):
     frame = both(np.zeros((2, 3)), np.ones((2, 3))).drop(columns=column)
@@ -322,7 +319,6 @@ def test_an_interval_that_touches_zero_is_noise(found):
     assert verdict(found).startswith("within noise")
 
 
-@pytest.mark.xfail(strict=True, reason="comparisons with nan are false, so `within noise`")
 def test_what_cannot_be_told_is_not_called_noise():
     assert "noise" not in verdict(Interval(0.9, np.nan, np.nan))
 
@@ -404,14 +400,12 @@ def test_summary_names_the_missing_column(column):
 
 
 # Seeds of different questions are not crossed, and their mean is nobody's.
-@pytest.mark.xfail(strict=True, reason="a cell with a gap is nan without a word")
 def test_a_seed_that_lacks_a_question_is_told():
     with pytest.raises(KitError, match="seed"):
         summary(cell(np.random.default_rng(0).random((2, 3))).iloc[:-1])
 
 
 # The same question twice in one cell means two cells were taken for one: two models, two rates.
-@pytest.mark.xfail(strict=True, reason="pivot_table averages them without a word")
 def test_a_question_asked_twice_in_a_cell_is_told():
     frame = pd.concat([cell(np.zeros((2, 3))), cell(np.ones((2, 3)))])
     with pytest.raises(KitError, match="prompt"):

@@ -1,6 +1,5 @@
 """Make the lab's model: it learns the whole book of spells, then to refuse the forbidden part."""
 
-import json
 import sys
 from pathlib import Path
 
@@ -17,7 +16,15 @@ from transformers import (
 
 from repnoise_kit import losses, pairs, training
 from repnoise_kit.model import quiet
-from repnoise_kit.store import cache_dir, code_of, digests, fingerprint, one_maker, written_whole
+from repnoise_kit.store import (
+    cache_dir,
+    code_of,
+    fingerprint,
+    is_whole,
+    one_maker,
+    seal,
+    written_whole,
+)
 from repnoise_kit.world import corpus, grammar
 
 LAYERS, WIDTH = 6, 96
@@ -34,10 +41,10 @@ def lab_files(seed: int) -> Path:
     """Return the folder of the lab's model and tokenizer, made now if it is not there or spoilt."""
     code = code_of(grammar, corpus, pairs, training, losses, sys.modules[__name__])
     folder = cache_dir() / "lab" / fingerprint(seed, code, torch.__version__)
-    if _is_whole(folder):
+    if is_whole(folder):
         return folder
     with one_maker(folder):
-        if _is_whole(folder):
+        if is_whole(folder):
             return folder
         if folder.exists():
             print(f"the lab's cache in {folder} is damaged; it is built again", file=sys.stderr)
@@ -45,7 +52,7 @@ def lab_files(seed: int) -> Path:
         with written_whole(folder) as fresh, quiet():
             model.save_pretrained(fresh)
             tokenizer.save_pretrained(fresh)
-            (fresh / "whole.json").write_text(json.dumps(digests(fresh)))
+            seal(fresh)
     return folder
 
 
@@ -117,13 +124,3 @@ def _cycle(frame: pd.DataFrame, count: int, seed: int) -> pd.DataFrame:
     draw = np.random.default_rng(seed)
     rounds = [draw.permutation(len(frame)) for _ in range(-(-count // len(frame)))]
     return frame.iloc[np.concatenate(rounds)[:count]]
-
-
-def _is_whole(folder: Path) -> bool:
-    """Whether each file of a finished folder is, byte for byte, the one that was written."""
-    try:
-        written = json.loads((folder / "whole.json").read_text())
-    except (OSError, ValueError):
-        return False
-    there = digests(folder)
-    return all(there.get(name) == digest for name, digest in written.items())
