@@ -87,8 +87,13 @@ def plot_price(
 ) -> np.ndarray:
     """Plot what a defence costs and whether it broke the model: refusal, utility, degenerate."""
     panels = _panels(axes, 3)
+    measured = set(need(_frame(result), "metric")["metric"])
     for ax, metric in zip(panels, ("refusal", "utility", "degenerate"), strict=True):
-        plot_metric(result, metric, group=group, ax=ax, **kwargs)
+        if metric in measured:
+            plot_metric(result, metric, group=group, ax=ax, **kwargs)
+        else:
+            ax.text(0.5, 0.5, f"{metric}: not measured", ha="center", va="center")
+            ax.set_axis_off()
     return panels
 
 
