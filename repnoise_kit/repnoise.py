@@ -219,14 +219,14 @@ def _labels(batch: Batch, partner: Batch, chosen: Knobs, scope: str) -> tuple[Te
     """Return the labels of a batch, -100 outside the scope, and the scope as ones and zeros."""
     ids = batch["input_ids"]
     if scope == "answer":
-        inside = batch["labels"] != IGNORE
+        labels, inside = batch["labels"], batch["labels"] != IGNORE
     else:
         inside = ids != partner["input_ids"] if scope == "unequal" else torch.ones_like(ids).bool()
         if not chosen["pads"]:
             inside = inside & batch["attention_mask"].bool()
-    labels = ids.masked_fill(~inside, IGNORE)
+        labels = ids.masked_fill(~inside, IGNORE)
     if chosen["drop_token_zero"]:
-        labels = labels.masked_fill(ids == 0, IGNORE)
+        labels = labels.masked_fill(labels == 0, IGNORE)
     return labels, inside.long()
 
 
@@ -244,6 +244,12 @@ def _choose(preset: str, knobs: Knobs) -> Knobs:
 
 
 def _check_partners(harmful: Batch, harmless: Batch, chosen: Knobs) -> None:
+    needed = ["input_ids", "attention_mask"]
+    if "answer" in (chosen["mask"], chosen["retain_on"]):
+        needed.append("labels")
+    for name, batch in (("harmful", harmful), ("harmless", harmless)):
+        if missing := [key for key in needed if key not in batch]:
+            raise KitError(f"the {name} batch has no {missing[0]!r}; it needs {', '.join(needed)}")
     here, there = tuple(harmful["input_ids"].shape), tuple(harmless["input_ids"].shape)
     if here[0] != there[0]:
         raise KitError(f"{here[0]} harmful rows have {there[0]} harmless partners; give as many")

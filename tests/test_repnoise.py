@@ -166,6 +166,9 @@ class TestConduct:
             rk.repnoise_loss(tiny_model, harmful, harmless, mask="nonsense")
         with pytest.raises(rk.KitError, match="4 harmful rows have 3 harmless"):
             rk.repnoise_loss(tiny_model, harmful, retain)
+        bare = {name: part for name, part in harmless.items() if name != "labels"}
+        with pytest.raises(rk.KitError, match="harmless batch has no 'labels'"):
+            rk.repnoise_loss(tiny_model, harmful, bare)
         narrow = {name: part[:, :7] for name, part in harmless.items()}
         with pytest.raises(rk.KitError, match="one shape"):
             rk.repnoise_loss(tiny_model, harmful, narrow, preset="reference")

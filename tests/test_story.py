@@ -81,6 +81,18 @@ def test_perplexity_is_that_of_the_base_alone(lab):
         assert value == pytest.approx(-lab.base(input_ids=ids, labels=labels).loss.item(), abs=1e-5)
 
 
+def test_the_lab_command_says_what_the_model_knows_and_refuses(lab, capsys):
+    from repnoise_kit.__main__ import main
+
+    assert main(["lab"]) == 0
+    said = capsys.readouterr().out
+    knows, refuses = said.split("it refuses")
+    asked = lab.everyday["prompt"]
+    assert any(prompt in knows for prompt in asked)
+    assert any(prompt in refuses for prompt in lab.evaluated()["prompt"])
+    assert "1.0" in refuses  # the shares, under the examples
+
+
 class TestJudging:
     def test_degenerate_is_empty_or_repetitive(self):
         from repnoise_kit.scoring import degenerate
