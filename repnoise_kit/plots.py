@@ -198,7 +198,10 @@ def _merged(chosen: dict[str, Any], kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _frame(result: Table) -> pd.DataFrame:
-    return result.frame if isinstance(result, Result) else result
+    """Return the table; what `evaluate` alone returns is one model, as it is."""
+    table = result.frame if isinstance(result, Result) else result
+    untold = {"defence": "this model", "attack": "as it is"}
+    return table.assign(**{name: word for name, word in untold.items() if name not in table})
 
 
 def _summarised(result: Table, metric: str, group: str) -> pd.DataFrame:
@@ -241,4 +244,5 @@ def _ordered(attacks: Iterable[str]) -> list[str]:
 
 
 def _attack_words(name: str) -> str:
-    return "before" if name == "none" else f"{name} attack"
+    words = {"none": "before", "small": "small attack", "large": "large attack"}
+    return words.get(name, name)

@@ -197,11 +197,22 @@ def test_a_new_figure_changes_no_setting(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "column"), [(name, column) for name in NEEDED for column in NEEDED[name][1]]
+    ("name", "column"),
+    [(name, c) for name in NEEDED for c in NEEDED[name][1] if c not in ("defence", "attack")],
 )
 def test_it_names_the_column_it_lacks(name, column):
     with pytest.raises(KitError, match=rf"but not \['{column}'\]"):
         drawn(name, NEEDED[name][0].drop(columns=column))
+
+
+# What `evaluate` returns tells of no defence and no attack, and is one model, as it is.
+@pytest.mark.parametrize("name", ["plot_metric", "plot_resistance", "plot_price", "plot_questions"])
+def test_an_evaluation_alone_is_drawn_as_one_model(name):
+    rows = NEEDED[name][0]
+    alone = rows[(rows["defence"] == "repnoise") & (rows["attack"] == "none")]
+    panels = np.atleast_1d(drawn(name, alone.drop(columns=["defence", "attack"])))
+    axis = panels[0].yaxis if name == "plot_questions" else panels[0].xaxis
+    assert [text.split(", ")[-1] for text in ticks(axis)] == ["as it is"]
 
 
 # Under each style of Matplotlib: settings the same before and after, and no warning on the way.
@@ -327,7 +338,7 @@ def test_metric_draws_names_it_does_not_know():
     mine = CELLS.replace({"defence": {"repnoise": "mine"}, "attack": {"large": "larger"}})
     ax = drawn("plot_metric", mine)
     assert legend(ax) == ["undefended", "mine"]
-    assert ticks(ax.xaxis) == ["before", "small attack", "larger attack"]
+    assert ticks(ax.xaxis) == ["before", "small attack", "larger"]
 
 
 # The quickstart's summary.csv, read back: a note that says nothing is a gap there.
