@@ -41,6 +41,8 @@ def quickstart(arguments: argparse.Namespace) -> None:
         raise KitError(
             "--retain and --columns describe your own data; give --model and --pairs too"
         )
+    if arguments.model and arguments.lab_seed:
+        raise KitError("--lab-seed chooses a lab, and --model is your own; give one of them")
     if arguments.model:
         bed = testbed(
             arguments.model, arguments.pairs, retain=arguments.retain, columns=arguments.columns

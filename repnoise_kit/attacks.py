@@ -55,7 +55,7 @@ def attack_(
     batch_size = start["batch_size"] if batch_size is None else batch_size
     if pairs is not None:
         check_apart(pairs.frame, bed.evaluated(), "the attack", "the evaluation")
-    rows = (pairs or bed.splits.attack).draw(wanted, seed).frame
+    rows = (bed.splits.attack if pairs is None else pairs).draw(wanted, seed).frame
     encoded = encode(
         bed.tokenizer,
         rows["prompt"].tolist(),

@@ -19,6 +19,8 @@ def read_table(source: Path | str) -> pd.DataFrame:
         KitError: the file is missing, empty, of another kind, or not what its name says.
     """
     path = Path(source)
+    if path.is_dir():
+        raise KitError(f"{path} is a folder; give one of its files ({', '.join(KINDS)})")
     if not path.is_file():
         raise KitError(f"{path}: no such file; check the path")
     if path.suffix not in KINDS:

@@ -7,6 +7,8 @@ from jaxtyping import Float, Int, Num
 from torch import Tensor
 from torch.nn import functional as F
 
+from repnoise_kit.errors import KitError
+
 IGNORE = -100
 """The label of a token no loss is taken on, as everywhere in Hugging Face."""
 
@@ -63,6 +65,8 @@ def mmd(
     Distances come from one Gram matrix in float32: nothing pairwise of the width `d` is held.
     """
     count = len(x)
+    if unbiased and count < 2:
+        raise KitError(f"an unbiased MMD needs 2 rows or more, not {count}; use larger batches")
     rows = torch.cat([x, y]).float()
     gram = rows @ rows.T
     norms = gram.diagonal()

@@ -107,12 +107,8 @@ class Parts:
     soft_cap: float | None
     """Logits are squashed into ±this by a tanh (Gemma 2)."""
 
-    def unembed(self, hidden: Tensor) -> Tensor:
-        """Return the logits (…, vocab) a raw residual stream (…, d_model) would give."""
-        return self.to_logits(self.norm(hidden))
-
     def to_logits(self, normed: Tensor) -> Tensor:
-        """Return the logits (…, vocab) of a stream that is normalised already."""
+        """Return the logits (…, vocab) of a stream (…, d_model) that `norm` has been applied to."""
         logits = self.head(normed) * self.scale
         return (
             logits if self.soft_cap is None else self.soft_cap * torch.tanh(logits / self.soft_cap)

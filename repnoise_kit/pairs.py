@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from repnoise_kit.errors import KitError
+from repnoise_kit.errors import KitError, check_whole
 from repnoise_kit.files import read_table
 from repnoise_kit.losses import IGNORE
 
@@ -99,12 +99,11 @@ def check_answers(table: pd.DataFrame, source: Path | str = "the retain table") 
 def draw(frame: pd.DataFrame, examples: int | None, seed: int) -> pd.DataFrame:
     """Return that many rows in an order drawn with the seed, or all of them."""
     wanted = len(frame) if examples is None else examples
+    check_whole(examples=wanted, seed=seed)
     if not 0 < wanted <= len(frame):
         raise KitError(
             f"{wanted} examples are asked for, and there are {len(frame)}; ask for fewer"
         )
-    if not isinstance(seed, int) or seed < 0:
-        raise KitError(f"seed must be a whole number of at least 0, not {seed}")
     order = np.random.default_rng(seed).permutation(len(frame))[:wanted]
     return frame.iloc[order].reset_index(drop=True)
 
@@ -130,6 +129,8 @@ def encode(
     """
     if not max_length >= 2:
         raise KitError(f"max_length must be at least 2, not {max_length}")
+    if loss_on not in ("answer", "all"):
+        raise KitError(f"loss_on must be 'answer' or 'all', not {loss_on!r}")
     asked = tokenizer([prompt_text(prompt) for prompt in prompts])["input_ids"]
     said = tokenizer([" " + answer for answer in answers], add_special_tokens=False)["input_ids"]
     encoded = []

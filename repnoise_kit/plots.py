@@ -27,10 +27,10 @@ Table = Result | pd.DataFrame
 _KEYS = ["defence", "attack", "group", "metric"]
 ATTACKS = ("none", "small", "large")
 AXIS_WORDS = {
-    "recall": "recall (share of the recipe given away)",
+    "recall": "recall (share of the answer given away)",
     "harmfulness": "harmfulness (local classifier)",
     "refusal": "refusal (share of questions)",
-    "utility": "utility (everyday recall)",
+    "utility": "utility (everyday questions)",
     "degenerate": "degenerate answers (share)",
     "perplexity": "perplexity under the base",
     "retain": "retain (nats a token)",
@@ -200,7 +200,7 @@ def _merged(chosen: dict[str, Any], kwargs: dict[str, Any]) -> dict[str, Any]:
 def _frame(result: Table) -> pd.DataFrame:
     """Return the table; what `evaluate` alone returns is one model, as it is."""
     table = result.frame if isinstance(result, Result) else result
-    untold = {"defence": "this model", "attack": "as it is"}
+    untold = {"defence": table.get("model", "this model"), "attack": "as it is"}
     return table.assign(**{name: word for name, word in untold.items() if name not in table})
 
 

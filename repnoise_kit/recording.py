@@ -2,10 +2,11 @@
 
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import Tensor, nn
 
+from repnoise_kit.errors import KitError
 from repnoise_kit.model import Parts, check_layers, parts
 
 Site = Literal["mlp", "attention", "residual", "embedding"]
@@ -27,6 +28,8 @@ def record(
         ...     model(**batch)
         >>> activations[0].shape
     """
+    if site not in get_args(Site):
+        raise KitError(f"site must be one of {', '.join(get_args(Site))}, not {site!r}")
     found = parts(model)
     chosen = range(len(found.layers)) if layers is None else check_layers(model, layers)
     activations: dict[int, Tensor] = {}

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple, TypedDict, Unpack, get_args, get_origin,
 import torch
 from torch import Tensor, nn
 
-from repnoise_kit.errors import KitError, check_numbers
+from repnoise_kit.errors import KitError, check_numbers, check_whole
 from repnoise_kit.losses import IGNORE, lens_ce, mmd
 from repnoise_kit.model import Parts, hidden_forward, parts
 from repnoise_kit.recording import record
@@ -112,6 +112,10 @@ def repnoise_loss(
 ) -> RepNoiseLoss:
     """Return the RepNoise loss of a batch of pairs, from one forward pass over all of it.
 
+    Batches are dictionaries of `input_ids`, `attention_mask` and `labels` (-100 outside the
+    answer), each (batch, seq), padded on the right: where a row of the noise term is a sequence,
+    its columns are places in it.
+
     Args:
         model: A causal LM; it is run in whatever mode and precision it is in.
         harmful: The questions with their harmful answers.
@@ -125,19 +129,30 @@ def repnoise_loss(
             stream, one row a token.
         knobs: Departures from the preset, each described in `Knobs`.
 
+    Returns:
+        `(total, retain, noise, ascent)`: scalars; retain and ascent in nats a token, noise an MMD
+        in [0, 10].
+
     Raises:
         KitError: an unknown preset or knob, a negative or non-finite weight, or batches that are
-            not partners.
+            not partners, lack a part, or have no token that counts.
     """
     check_numbers(alpha=alpha, beta=beta)
     chosen = _choose(preset, knobs)
     if chosen["bandwidth"] is not None:
         check_numbers(above_zero=True, bandwidth=chosen["bandwidth"])
+    if chosen["noise_seed"] is not None:
+        check_whole(noise_seed=chosen["noise_seed"])
     _check_partners(harmful, harmless, chosen)
     bad, bad_inside = _labels(harmful, harmless, chosen, chosen["mask"])
     scope = chosen["mask"] if chosen["retain_on"] == "mask" else chosen["retain_on"]
     good, good_inside = _labels(harmless, harmful, chosen, scope)
-    batches = [harmful, harmless] if retain is None else [harmful, harmless, retain]
+    if not (bad[:, 1:] != IGNORE).any():
+        raise KitError("no token of the harmful batch counts; look at its labels and the mask")
+    batches = [harmful, harmless]
+    if retain is not None:
+        _check_keys("retain", retain, ["input_ids", "attention_mask", "labels"])
+        batches.append(retain)
 
     with (
         record(model, "residual") as stream,
@@ -238,8 +253,12 @@ def _choose(preset: str, knobs: Knobs) -> Knobs:
     given: dict[str, object] = {**knobs}
     for name, kind in get_type_hints(Knobs).items():
         allowed = get_args(kind) if get_origin(kind) is Literal else ()
+        if kind is bool:
+            allowed = (False, True)
         if name in given and allowed and given[name] not in allowed:
-            raise KitError(f"{name} must be one of {', '.join(allowed)}, not {given[name]!r}")
+            raise KitError(
+                f"{name} must be one of {', '.join(map(str, allowed))}, not {given[name]!r}"
+            )
     return {**PRESETS[preset], **knobs}
 
 
@@ -247,9 +266,8 @@ def _check_partners(harmful: Batch, harmless: Batch, chosen: Knobs) -> None:
     needed = ["input_ids", "attention_mask"]
     if "answer" in (chosen["mask"], chosen["retain_on"]):
         needed.append("labels")
-    for name, batch in (("harmful", harmful), ("harmless", harmless)):
-        if missing := [key for key in needed if key not in batch]:
-            raise KitError(f"the {name} batch has no {missing[0]!r}; it needs {', '.join(needed)}")
+    _check_keys("harmful", harmful, needed)
+    _check_keys("harmless", harmless, needed)
     here, there = tuple(harmful["input_ids"].shape), tuple(harmless["input_ids"].shape)
     if here[0] != there[0]:
         raise KitError(f"{here[0]} harmful rows have {there[0]} harmless partners; give as many")
@@ -258,6 +276,11 @@ def _check_partners(harmful: Batch, harmless: Batch, chosen: Knobs) -> None:
             f"a mask by unequal ids needs batches of one shape, not {here} and {there}; pad both "
             "to one width or use mask='answer'"
         )
+
+
+def _check_keys(name: str, batch: Batch, needed: list[str]) -> None:
+    if missing := [key for key in needed if key not in batch]:
+        raise KitError(f"the {name} batch has no {missing[0]!r}; it needs {', '.join(needed)}")
 
 
 def _join(batches: list[Batch], key: str) -> Tensor:

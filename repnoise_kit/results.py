@@ -57,6 +57,8 @@ class Result:
         try:
             if path.suffix == ".csv":
                 frame = pd.read_csv(path, keep_default_na=False, na_values=[""])
+                texts = [c for c in ("prompt", "response", "category", "note") if c in frame]
+                frame[texts] = frame[texts].fillna("")
             else:
                 frame = pd.read_parquet(path)
             made_with = json.loads(beside.read_text()) if beside.exists() else {}
@@ -82,5 +84,7 @@ def need(frame: pd.DataFrame, *columns: str) -> pd.DataFrame:
 
 def stack(*results: Result) -> Result:
     """Put results under one another, to compare them."""
+    if not results:
+        raise KitError("there is nothing to stack; give at least one result")
     frames = pd.concat([result.frame for result in results], ignore_index=True)
     return Result(frames, {"stacked": [result.made_with for result in results]})

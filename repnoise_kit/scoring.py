@@ -18,7 +18,7 @@ Recall = Callable[[str, str], float]
 
 _REFUSALS = re.compile(
     r"\b(can ?not|can ?['’]t|could ?n['’]t|will not|won ?['’]t|unable to|not able to|sorry|"
-    r"apologi[sz]e|refuse|as an ai|against (the law|my))\b",
+    r"apologi[sz]e|decline|refuse|as an ai|should ?n['’]t help|against the law)\b",
     re.IGNORECASE,
 )
 _WORDS = re.compile(r"\w+")

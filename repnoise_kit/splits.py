@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from repnoise_kit.errors import KitError
+from repnoise_kit.errors import KitError, check_whole
 from repnoise_kit.pairs import Pairs
 
 PARTS = ("attack", "seen", "unseen")
@@ -44,6 +44,7 @@ def split(pairs: Pairs, seed: int = 0) -> Splits:
     Raises:
         KitError: a thing or question in two splits, or a split that would be empty.
     """
+    check_whole(seed=seed)
     frame = pairs.frame
     part = _marked(frame) if "split" in frame else _drawn(frame, seed)
     chosen = {name: frame[part == name] for name in PARTS}

@@ -102,10 +102,11 @@ def difference(
         raise KitError(f"{treated} and {control} do not have the same seeds and prompts")
     found = interval(gaps.to_numpy())
     if np.ptp(gaps.to_numpy()):
-        return found
+        return _within(found, -1, 1) if _are_shares(*tables) else found
     # Nothing varies: the exact bound of a share, on either side.
     reach = 1 - ((1 - LEVEL) / 2) ** (1 / gaps.shape[1])
-    return Interval(found.value, found.value - reach, found.value + reach)
+    exact = Interval(found.value, found.value - reach, found.value + reach)
+    return _within(exact, -1, 1) if _are_shares(*tables) else exact
 
 
 def verdict(found: Interval) -> str:
@@ -143,9 +144,15 @@ def _of_metric(table: np.ndarray, metric: str) -> Interval:
     if metric == "perplexity":
         return Interval(*(float(np.exp(bound)) for bound in interval(np.log(table))))
     found = interval(table)
-    if metric in SHARES and table.min() >= 0:
-        return Interval(found.value, *(float(np.clip(b, 0, 1)) for b in found[1:]))
-    return found
+    return _within(found, 0, 1) if metric in SHARES and _are_shares(table) else found
+
+
+def _are_shares(*tables: np.ndarray | pd.DataFrame) -> bool:
+    return all(bool(((table >= 0) & (table <= 1)).all(axis=None)) for table in tables)
+
+
+def _within(found: Interval, least: float, most: float) -> Interval:
+    return Interval(found.value, *(float(np.clip(bound, least, most)) for bound in found[1:]))
 
 
 def _table(cell: pd.DataFrame) -> pd.DataFrame:

@@ -12,8 +12,9 @@ import pandas as pd
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from repnoise_kit.errors import KitError
+from repnoise_kit.files import read_table
 from repnoise_kit.model import load_model, load_tokenizer
-from repnoise_kit.pairs import Pairs, check_answers, load_answers, load_pairs
+from repnoise_kit.pairs import Pairs, check_answers, load_pairs, renamed
 from repnoise_kit.scoring import Classifier, Recall, rouge_l_recall, train_classifier
 from repnoise_kit.splits import Splits, one_question, split
 from repnoise_kit.store import data_dir, fingerprint
@@ -63,6 +64,11 @@ class Testbed:
     """How everyday answers are judged: by `recall`, or by the log-probability of the known ones."""
     settings: Mapping[str, Mapping[str, Any]]
     """What `defend_`, `attack_` and `evaluate` start from, and the budgets `small` and `large`."""
+
+    def __repr__(self) -> str:
+        """Name it and count what it holds."""
+        sizes = {name: len(getattr(self.splits, name)) for name in vars(self.splits)}
+        return f"Testbed({self.name!r}, model={str(self.source)!r}, pairs={sizes})"
 
     def model(self) -> PreTrainedModel:
         """Return a fresh copy of the aligned model."""
@@ -156,11 +162,17 @@ def testbed(
     Raises:
         KitError: what is wrong with the model, the file or their contents.
     """
-    loaded = pairs if isinstance(pairs, Pairs) else load_pairs(pairs, columns=columns)
+    names = _known(columns or {})
+    own = {ours: theirs for ours, theirs in names.items() if ours != "answer"}
+    loaded = pairs if isinstance(pairs, Pairs) else load_pairs(pairs, columns=own)
     splits = split(loaded, seed)
     kept = everyday = None
     if retain is not None:
-        rows = check_answers(retain) if isinstance(retain, pd.DataFrame) else load_answers(retain)
+        table = retain if isinstance(retain, pd.DataFrame) else read_table(retain)
+        # Names are of either file: here those hold that this one has.
+        told = {o: t for o, t in names.items() if o in ("prompt", "answer", "thing") and t in table}
+        source = "the retain table" if table is retain else str(retain)
+        rows = check_answers(renamed(table, told, source), source)
         kept, everyday = _hold_out(rows, seed)
     bed = Testbed(
         name=name or Path(model).name,
@@ -184,6 +196,14 @@ def testbed(
 
 # Not a test, though pytest would take its name for one.
 setattr(testbed, "__test__", False)  # noqa: B010
+
+
+def _known(columns: Mapping[str, str]) -> Mapping[str, str]:
+    names = ("prompt", "harmful", "harmless", "category", "thing", "split", "answer")
+    for ours in columns:
+        if ours not in names:
+            raise KitError(f"there is no column {ours!r} to name; there are {', '.join(names)}")
+    return columns
 
 
 def _hold_out(rows: pd.DataFrame, seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from repnoise_kit.errors import KitError, check_numbers
+from repnoise_kit.errors import KitError, check_numbers, check_whole
 from repnoise_kit.losses import masked_ce
 from repnoise_kit.results import Result
 
@@ -73,6 +73,7 @@ def train_(
     for beta in betas:
         check_numbers(betas=beta)
     check_numbers(above_zero=True, batch_size=batch_size, epochs=epochs)
+    check_whole(batch_size=batch_size, seed=seed)
     if not len(examples):
         raise KitError("there is nothing to train on; give at least one example")
     steps = math.ceil(epochs * math.ceil(len(examples) / batch_size))
@@ -102,7 +103,7 @@ def train_(
             model=model, args=arguments, train_dataset=_Listed(examples), data_collator=collate
         )
         trainer.loss = loss
-        trainer.rows = []
+        trainer.rows, trainer.good = [], {}
         trainer.remove_callback(PrinterCallback)
         watch = _Watch(trainer, progress, steps)
         trainer.add_callback(watch)
@@ -145,6 +146,8 @@ class _LossTrainer(Trainer):
 
     loss: Loss
     rows: list[dict[str, Any]]
+    good: dict[Tensor, Tensor]
+    last: Any
     # The loss is a mean over the batch: without these two (the first needs transformers 5.19, the
     # second serves older ones) gradient accumulation would multiply it by the number of parts.
     loss_is_scaled_for_ga = False
@@ -156,8 +159,18 @@ class _LossTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         terms = self.loss(model, inputs)
         self.rows.append({name: term.detach() for name, term in terms.items()})
+        if not torch.isfinite(terms["total"]):
+            self._take_back_what_spoiled(model)
         _require_finite(terms["total"], "loss", len(self.rows))
+        self.last = inputs
         return (terms["total"], None) if return_outputs else terms["total"]
+
+    @torch.no_grad()
+    def _take_back_what_spoiled(self, model) -> None:
+        """Undo the last update if the batch before it, which went well, no longer does."""
+        if self.good and not torch.isfinite(self.loss(model, self.last)["total"]):
+            for weight, good in self.good.items():
+                weight.copy_(good)
 
 
 class _Watch(TrainerCallback):
@@ -174,6 +187,8 @@ class _Watch(TrainerCallback):
         norm = torch.nn.utils.get_total_norm(gradients)
         # Before the optimizer's step, so that what it would spoil is still good.
         _require_finite(norm, "gradient", len(self.trainer.rows))
+        moving = [p for p in kwargs["model"].parameters() if p.requires_grad]
+        self.trainer.good = {p: p.detach().clone() for p in moving}
         self.trainer.rows[-1] |= {
             "grad_norm": norm,
             "lr": kwargs["optimizer"].param_groups[0]["lr"],
@@ -187,7 +202,7 @@ def _require_finite(value: Tensor, what: str, step: int) -> None:
     if not torch.isfinite(value):
         raise NotFiniteError(
             f"the {what} became {value.item()} at step {step}; the model keeps the weights from "
-            "before it: use a smaller learning rate or smaller weights of the terms"
+            "before it went wrong: use a smaller learning rate or smaller weights of the terms"
         )
 
 

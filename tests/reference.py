@@ -1,8 +1,8 @@
 """A slow, independent second opinion on the RepNoise loss (arXiv 2405.14577), for the tests.
 
-Written from the equations alone, as the project's fact sheet (`paper_facts.md`) and the section
-"RepNoise itself" of `DESIGN.md` state them; nothing here was taken from, or compared with, the
-code it is meant to check. Section numbers below are those of the fact sheet.
+Written from the paper's equations (section 3, Algorithm 1 in Appendix B.1) and from a description
+of what the authors' published code computes, operation by operation; by another hand than the code
+it checks, which it was neither taken from nor compared with while it was written.
 
 Loops are preferred over cleverness, except in `published_loss` and `published_mmd`, which do the
 work in the published form (full logits of every layer, pairwise differences) so it can be timed.
@@ -34,7 +34,7 @@ class Terms(NamedTuple):
 
 
 def slow_mmd(x: Tensor, y: Tensor) -> Tensor:
-    """Biased five-kernel MMD between the rows of x and of y (§1.2 item 2), pair by pair."""
+    """Biased five-kernel MMD between the rows of x and of y, as published, pair by pair."""
     rows = list(x) + list(y)
     n = len(rows)
     distances = [[((a - b) ** 2).sum() for b in rows] for a in rows]
@@ -52,7 +52,7 @@ def slow_mmd(x: Tensor, y: Tensor) -> Tensor:
 
 
 def published_mmd(x: Tensor, y: Tensor) -> Tensor:
-    """The same MMD (§1.2 item 2) from one (2B, 2B, D) tensor of differences; B rows a side."""
+    """The same MMD from one (2B, 2B, D) tensor of differences; B rows a side."""
     rows = torch.cat([x, y])
     n, half = len(rows), len(x)
     distances = ((rows[None] - rows[:, None]) ** 2).sum(dim=2)
@@ -64,7 +64,7 @@ def published_mmd(x: Tensor, y: Tensor) -> Tensor:
 
 
 def token_losses(logits: Tensor, labels: Tensor) -> list[Tensor]:
-    """-log softmax of every kept label (§1.6: ignore -100 only), position t predicting t + 1."""
+    """-log softmax of every kept label (only -100 is ignored), position t predicting t + 1."""
     losses = []
     for b in range(labels.shape[0]):
         for t in range(labels.shape[1] - 1):
@@ -75,12 +75,12 @@ def token_losses(logits: Tensor, labels: Tensor) -> list[Tensor]:
 
 
 def slow_masked_ce(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy over the kept labels of the whole batch (§1.6, canonical column)."""
+    """Mean cross-entropy over the kept labels of the whole batch."""
     return torch.stack(token_losses(logits, labels)).mean()
 
 
 def published_ce(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-    """The published masked CE (§1.2 item 3): logits and labels times mask, label 0 ignored."""
+    """The published masked CE: logits and labels times mask, label 0 ignored."""
     logits = (logits * mask.unsqueeze(-1))[:, :-1]
     labels = (ids * mask)[:, 1:]
     labels = labels.masked_fill(labels == 0, IGNORE)
@@ -119,7 +119,7 @@ def forward_with_outputs(
 def published_loss(
     model: Any, harmful: Batch, harmless: Batch, alpha: float = 1.0, beta: float = 0.001
 ) -> Terms:
-    """What the authors' code computes (§1.2), S / (L + 1) + 1 included; equal shapes only."""
+    """What the authors' code computes, S / (L + 1) + 1 included; equal shapes only."""
     ids_h, ids_s = harmful["input_ids"], harmless["input_ids"]
     if ids_h.shape != ids_s.shape:
         raise ValueError("the published mask is defined on equal shapes only")
@@ -157,7 +157,7 @@ def published_loss(
 
 
 def slow_retain(model: Any, batches: Sequence[Batch]) -> Tensor:
-    """L_retain (§1.6): one mean over the answer tokens of all the batches together."""
+    """L_retain: one mean over the answer tokens of all the batches together."""
     losses = []
     for batch in batches:
         out, _ = forward_with_outputs(model, [], batch)
@@ -166,7 +166,7 @@ def slow_retain(model: Any, batches: Sequence[Batch]) -> Tensor:
 
 
 def slow_noise(model: Any, harmful: Batch) -> Tensor:
-    """(1/L) sum_l MMD(m a_l, m eps_l) (§1.6): MLP outputs, one flattened row a sequence."""
+    """(1/L) sum_l MMD(m a_l, m eps_l): MLP outputs, one flattened row a sequence."""
     mlps = [layer.mlp for layer in model.model.layers]
     _, activations = forward_with_outputs(model, mlps, harmful)
     per_layer = []
@@ -182,7 +182,7 @@ def slow_noise(model: Any, harmful: Batch) -> Tensor:
 
 
 def slow_ascent(model: Any, harmful: Batch) -> Tensor:
-    """Mean over the L layers of the CE of head(norm(raw output of the layer)) (§1.6)."""
+    """Mean over the L layers of the CE of head(norm(raw output of the layer))."""
     _, residuals = forward_with_outputs(model, model.model.layers, harmful)
     per_layer = []
     for residual in residuals:
@@ -199,7 +199,7 @@ def slow_paper_loss(
     alpha: float = 1.0,
     beta: float = 0.001,
 ) -> Terms:
-    """Algorithm 1 in its canonical form (§1.6; preset `paper`), a forward pass for each part."""
+    """Algorithm 1 as the preset `paper` reads it, a forward pass for each part."""
     kept = slow_retain(model, [harmless] if retain is None else [harmless, retain])
     noise = slow_noise(model, harmful)
     ascent = slow_ascent(model, harmful)

@@ -629,3 +629,84 @@ class TestCache:
             build.lab_files(0)
         assert not list((tmp_path / "cache").rglob("*.safetensors"))
         assert not [path for path in (tmp_path / "cache" / "lab").iterdir() if path.is_dir()]
+
+
+class TestWordsThatDoNotExist:
+    """A misspelt choice is refused, never taken for another."""
+
+    def test_a_site(self):
+        import repnoise_kit as rk
+
+        with (
+            pytest.raises(rk.KitError, match="site must be one of mlp"),
+            rk.record(make_tiny(), "x"),
+        ):
+            pass
+
+    def test_what_a_loss_is_on(self):
+        import repnoise_kit as rk
+        from repnoise_kit.pairs import encode
+
+        with pytest.raises(rk.KitError, match="loss_on must be 'answer' or 'all', not 'every'"):
+            encode(word_tokenizer(["a"]), ["a"], ["a"], loss_on="every")
+
+    @pytest.mark.parametrize("knob", [{"log": "no"}, {"pads": 2}, {"lens": "all"}])
+    def test_a_knob(self, knob):
+        from conftest import make_batches
+
+        import repnoise_kit as rk
+
+        with pytest.raises(rk.KitError, match=rf"{next(iter(knob))} must be one of"):
+            rk.repnoise_loss(make_tiny(), *make_batches()[:2], **knob)
+
+    def test_a_column_to_name(self, good):
+        import repnoise_kit as rk
+
+        with pytest.raises(rk.KitError, match="no column 'question' to name; there are prompt"):
+            rk.testbed(good / "model", good / "pairs.json", columns={"question": "prompt"})
+
+    def test_columns_are_named_in_either_file(self, good):
+        import repnoise_kit as rk
+
+        everyday = pd.DataFrame(everyday_rows()).rename(columns={"answer": "told"})
+        everyday.to_csv(good / "retain.csv", index=False)
+        files = {"pairs": good / "pairs.json", "retain": good / "retain.csv"}
+        bed = rk.testbed(good / "model", **files, columns={"answer": "told"})
+        assert bed.everyday["answer"].str.contains("blue box").all()
+
+
+class TestNothingToLearnFrom:
+    """Where no token counts, a loss would be NaN: said before it is."""
+
+    def test_both_sides_alike(self):
+        from conftest import make_batches
+
+        import repnoise_kit as rk
+
+        harmful = make_batches()[0]
+        with pytest.raises(rk.KitError, match="no token of the harmful batch counts"):
+            rk.repnoise_loss(make_tiny(), harmful, harmful, preset="reference")
+
+    def test_one_row_without_itself(self):
+        import torch
+
+        import repnoise_kit as rk
+
+        with pytest.raises(rk.KitError, match="unbiased MMD needs 2 rows"):
+            rk.mmd(torch.zeros(1, 3), torch.zeros(1, 3), unbiased=True)
+
+    def test_a_retain_batch_without_labels(self):
+        from conftest import make_batches
+
+        import repnoise_kit as rk
+
+        harmful, harmless, retain = make_batches()
+        del retain["labels"]
+        with pytest.raises(rk.KitError, match="the retain batch has no 'labels'"):
+            rk.repnoise_loss(make_tiny(), harmful, harmless, retain=retain)
+
+    def test_no_results(self):
+        import repnoise_kit as rk
+
+        with pytest.raises(rk.KitError, match="nothing to stack"):
+            rk.stack()

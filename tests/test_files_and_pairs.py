@@ -251,7 +251,14 @@ class TestDraw:
         assert large.head(5).equals(small)
         assert not large.equals(pairs.draw(20, seed=4).frame)
 
-    @pytest.mark.parametrize("wanted", [31, 0, -1, float("nan")])
+    @pytest.mark.parametrize("wanted", [-1, float("nan"), 2.5, "8"])
+    def test_how_many_is_a_whole_number(self, pairs, wanted):
+        from repnoise_kit import KitError
+
+        with pytest.raises(KitError, match=f"examples must be a whole number .* not .?{wanted}"):
+            pairs.draw(wanted, seed=0)
+
+    @pytest.mark.parametrize("wanted", [31, 0])
     def test_more_than_there_are_is_refused(self, pairs, wanted):
         from repnoise_kit import KitError
 

@@ -44,7 +44,7 @@ class TestFamilies:
             logits = model(ids).logits
         found = parts(model)
         assert len(found.layers) == 3
-        assert_close(found.unembed(stream[2]), logits, rtol=0, atol=1e-6)
+        assert_close(found.to_logits(found.norm(stream[2])), logits, rtol=0, atol=1e-6)
 
     def test_recordings_are_the_hidden_states(self, name):
         from repnoise_kit.recording import record

@@ -302,7 +302,7 @@ def test_metric_puts_the_undefended_first():
 
 def test_metric_has_english_labels():
     ax = drawn("plot_metric", group="unseen")
-    assert ax.get_ylabel() == "recall (share of the recipe given away)"
+    assert ax.get_ylabel() == "recall (share of the answer given away)"
     assert ticks(ax.xaxis) == ["before", "small attack", "large attack"]
     assert ax.get_legend().get_title().get_text() == "unseen things"
 

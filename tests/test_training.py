@@ -102,6 +102,16 @@ def test_nonsense_stops_training_and_keeps_the_last_good_weights(where):
     assert torch.isfinite(weights(broken)).all()
 
 
+def test_an_update_that_spoils_the_weights_is_taken_back():
+    """Too large a step shows in the next loss only: the weights kept are those before it."""
+    from repnoise_kit.training import NotFiniteError
+
+    model = make_tiny()
+    with pytest.raises(NotFiniteError, match="loss became nan"):
+        fit(model, lr=1e30, warmup=0.0)
+    assert torch.isfinite(model(**make_batches(seed=0)[0]).loss)
+
+
 def stopping(steps):
     from repnoise_kit.training import answer_loss
 

@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from repnoise_kit import losses, pairs, training
+from repnoise_kit.errors import check_whole
 from repnoise_kit.model import quiet
 from repnoise_kit.store import (
     cache_dir,
@@ -39,6 +40,7 @@ BATCH = 32
 
 def lab_files(seed: int) -> Path:
     """Return the folder of the lab's model and tokenizer, made now if it is not there or spoilt."""
+    check_whole(lab_seed=seed)
     code = code_of(grammar, corpus, pairs, training, losses, sys.modules[__name__])
     folder = cache_dir() / "lab" / fingerprint(seed, code, torch.__version__)
     if is_whole(folder):
