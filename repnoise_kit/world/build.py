@@ -31,8 +31,8 @@ from repnoise_kit.world import corpus, grammar
 LAYERS, WIDTH = 6, 96
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
 
-# Both phases: 32 examples a step. With Adam's usual long memory of squares (0.999) the model refused
-# less, and gave less back when attacked, after the same steps; 0.95 is used in both.
+# Both phases: 32 examples a step. With Adam's usual memory of squares (0.999) the model refused
+# less after the same steps, and gave less back when attacked; 0.95 is used in both.
 LEARN_STEPS, LEARN_LR = 800, 3e-3
 ALIGN_STEPS, ALIGN_LR = 300, 8e-4
 BATCH = 32
