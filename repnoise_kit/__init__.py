@@ -10,7 +10,12 @@ __version__ = "0.1.0"
 _ROOMS = {
     "errors": ("KitError",),
     "results": ("Result", "stack"),
-    "stats": ("Interval", "difference", "interval", "summary", "verdict"),
+    "stats": (
+        "Interval", "compare_cells", "difference", "holm", "interval", "p_value", "summary",
+        "verdict",
+    ),
+    "survival": ("cost_ratios", "cost_to_break"),
+    "paper": (),
     "style": ("clean_style",),
     "pairs": ("Pairs", "load_answers", "load_pairs"),
     "splits": ("Splits", "split"),
@@ -20,12 +25,16 @@ _ROOMS = {
     "training": ("train_",),
     "testbeds": ("Testbed", "lab", "testbed"),
     "repnoise": ("PRESETS", "RepNoiseLoss", "repnoise_loss"),
+    "security": ("guarded",),
     "defences": ("DEFENCES", "defend_"),
     "attacks": ("attack_",),
     "evaluation": ("evaluate",),
+    "grid": (),
+    "resistance": ("resistance_grid",),
+    "cost": ("cost_grid",),
     "plots": (
-        "plot_layers", "plot_metric", "plot_price", "plot_questions", "plot_resistance",
-        "plot_terms",
+        "plot_budgets", "plot_cost_to_break", "plot_layers", "plot_metric", "plot_price",
+        "plot_questions", "plot_resistance", "plot_terms",
     ),
 }  # fmt: skip
 _HOME = {name: room for room, names in _ROOMS.items() for name in names}
@@ -70,6 +79,7 @@ if TYPE_CHECKING:
     from repnoise_kit.repnoise import repnoise_loss as repnoise_loss
     from repnoise_kit.results import Result as Result
     from repnoise_kit.results import stack as stack
+    from repnoise_kit.security import guarded as guarded
     from repnoise_kit.splits import Splits as Splits
     from repnoise_kit.splits import split as split
     from repnoise_kit.stats import Interval as Interval

@@ -1,12 +1,16 @@
-"""The command line: `python -m repnoise_kit quickstart` and `lab`. Thin."""
+"""The command line: `python -m repnoise_kit quickstart`, `lab` and `grid`. Thin."""
 
 import argparse
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from repnoise_kit.errors import KitError
+
+if TYPE_CHECKING:
+    from repnoise_kit.testbeds import Testbed
 
 
 class _Parser(argparse.ArgumentParser):
@@ -32,23 +36,9 @@ def quickstart(arguments: argparse.Namespace) -> None:
     """Attack a model, defend it, attack it again; write tables, figures and a report."""
     from repnoise_kit import quickstart as experiment
     from repnoise_kit import report
-    from repnoise_kit.testbeds import lab, testbed
 
     out = _writable(arguments.out)
-    if bool(arguments.model) != bool(arguments.pairs):
-        raise KitError("--model and --pairs belong together; give both, or neither for the lab")
-    if not arguments.model and (arguments.retain or arguments.columns):
-        raise KitError(
-            "--retain and --columns describe your own data; give --model and --pairs too"
-        )
-    if arguments.model and arguments.lab_seed:
-        raise KitError("--lab-seed chooses a lab, and --model is your own; give one of them")
-    if arguments.model:
-        bed = testbed(
-            arguments.model, arguments.pairs, retain=arguments.retain, columns=arguments.columns
-        )
-    else:
-        bed = lab(arguments.lab_seed)
+    bed = _bed(arguments)
     seeds = range(arguments.seed, arguments.seed + arguments.seeds)
     rows, curves = experiment.run(bed, seeds, out)
     cells = report.write(rows, curves, out)
@@ -79,6 +69,50 @@ def show_lab(arguments: argparse.Namespace) -> None:
     print(
         "\n"
         + summarise(rows)[["group", "metric", "value", "low", "high", "n"]].to_string(index=False)
+    )
+
+
+def grid(arguments: argparse.Namespace) -> None:
+    """Run a grid of experiments, or go on with one, and write its tables."""
+    from repnoise_kit import cost, resistance, tuning
+    from repnoise_kit.store import cache_dir
+
+    out = _writable(arguments.out)
+    grids = {
+        "resistance": (resistance.resistance_grid, resistance.write),
+        "cost": (cost.cost_grid, cost.write),
+        "baselines": (tuning.tune, tuning.write),
+    }
+    if arguments.name == "baselines" and arguments.model:
+        raise KitError("the trials of the baselines' settings are the lab's; leave out --model")
+    make, write = grids[arguments.name]
+    rows = make(
+        _bed(arguments),
+        range(arguments.first_seed, arguments.first_seed + arguments.seeds),
+        arguments.store or cache_dir() / "grid",
+        workers=arguments.workers,
+        scheduler=arguments.scheduler,
+        progress=f"grid {arguments.name}",
+    )
+    print(write(rows, out))
+    print(f"\nwritten to {out}")
+
+
+def _bed(arguments: argparse.Namespace) -> "Testbed":
+    from repnoise_kit.testbeds import lab, testbed
+
+    if bool(arguments.model) != bool(arguments.pairs):
+        raise KitError("--model and --pairs belong together; give both, or neither for the lab")
+    if not arguments.model and (arguments.retain or arguments.columns):
+        raise KitError(
+            "--retain and --columns describe your own data; give --model and --pairs too"
+        )
+    if arguments.model and arguments.lab_seed:
+        raise KitError("--lab-seed chooses a lab, and --model is your own; give one of them")
+    if not arguments.model:
+        return lab(arguments.lab_seed)
+    return testbed(
+        arguments.model, arguments.pairs, retain=arguments.retain, columns=arguments.columns
     )
 
 
@@ -115,21 +149,37 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m repnoise_kit", description="Representation Noising, to try out."
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    first = commands.add_parser(
-        "quickstart", help=quickstart.__doc__, description=quickstart.__doc__
-    )
-    first.set_defaults(run=quickstart)
+    labs, beds = _Parser(add_help=False), _Parser(add_help=False)
+    labs.add_argument("--lab-seed", type=_seed, default=0, help="another lab (default 0)")
+    beds.add_argument("--model", help="your own causal LM: a folder or a name on the hub")
+    beds.add_argument("--pairs", help="your own pairs: JSON, JSONL, CSV, Parquet or Arrow")
+    beds.add_argument("--retain", help="everyday questions and answers: columns prompt, answer")
+    beds.add_argument("--columns", type=_columns, help="prompt=question,harmful=…: other names")
+
+    def command(name: str, run: Callable, *parents: _Parser) -> Any:
+        added = commands.add_parser(
+            name, help=run.__doc__, description=run.__doc__, parents=parents
+        )
+        added.set_defaults(run=run)
+        return added
+
+    first = command("quickstart", quickstart, beds, labs)
     first.add_argument("--seed", type=_seed, default=0, help="the first seed (default 0)")
     first.add_argument("--seeds", type=_count, default=1, help="how many seeds (default 1)")
     first.add_argument("--out", default="repnoise-quickstart", help="folder for what is found")
-    first.add_argument("--model", help="your own causal LM: a folder or a name on the hub")
-    first.add_argument("--pairs", help="your own pairs: JSON, JSONL, CSV, Parquet or Arrow")
-    first.add_argument("--retain", help="everyday questions and answers: columns prompt, answer")
-    first.add_argument("--columns", type=_columns, help="prompt=question,harmful=…: other names")
-    second = commands.add_parser("lab", help=show_lab.__doc__, description=show_lab.__doc__)
-    second.set_defaults(run=show_lab)
-    for command in (first, second):
-        command.add_argument("--lab-seed", type=_seed, default=0, help="another lab (default 0)")
+    command("lab", show_lab, labs)
+    third = command("grid", grid, beds, labs)
+    third.add_argument(
+        "name",
+        choices=("resistance", "cost", "baselines"),
+        help="Table 1; the cost to break; the trials that chose the baselines' settings",
+    )
+    third.add_argument("--seeds", type=_count, default=5, help="how many seeds (default 5)")
+    third.add_argument("--first-seed", type=_seed, default=0, help="the first seed (default 0)")
+    third.add_argument("--workers", type=_count, default=1, help="processes (default 1)")
+    third.add_argument("--scheduler", metavar="ADDRESS", help="a Dask scheduler's, for its workers")
+    third.add_argument("--store", metavar="DIR", help="folder for finished cells (default: cache)")
+    third.add_argument("--out", metavar="DIR", default="repnoise-grid", help="folder for tables")
     return parser
 
 

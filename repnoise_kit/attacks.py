@@ -1,9 +1,12 @@
 """Attack a released model: fine-tune it on harmful answers, under a budget."""
 
+from collections.abc import Callable
 from typing import Literal
 
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from repnoise_kit.errors import KitError
 from repnoise_kit.model import provenance
 from repnoise_kit.pairs import Pairs, encode, pad
 from repnoise_kit.results import Result
@@ -20,30 +23,40 @@ def attack_(
     examples: int | None = None,
     batch_size: int | None = None,
     epochs: float = 1,
+    schedule: str = "cosine",
+    warmup: float = 0.1,
     loss_on: Literal["answer", "all"] = "answer",
     max_length: int = 256,
     pairs: Pairs | None = None,
+    relearn: bool = False,
     seed: int = 0,
     progress: str | None = None,
+    after_step: Callable[[int], None] | None = None,
 ) -> Result:
     """Fine-tune all of a model on harmful answers (equation 1), in place.
 
     Args:
         model: Changed in place.
         bed: The testbed; what is not given here is taken from its `settings["attack"]`.
-        lr: Peak learning rate; cosine, with a tenth of the steps as warm-up (section 4).
+        lr: Peak learning rate.
         examples: How many of the attack's pairs are drawn.
         batch_size: Examples a step.
-        epochs: Passes over them.
+        epochs: Passes over them; a fraction is a part of one.
+        schedule: Of the learning rate; the paper's is a cosine (section 4).
+        warmup: Share of the steps over which it rises from zero; the paper's is a tenth.
         loss_on: `"answer"`, or `"all"`: question, answer and padding, as the paper's attack did.
         max_length: Tokens of a question with its answer.
         pairs: The attacker's own pairs in place of the testbed's. None may be about a thing that
             is evaluated.
+        relearn: Train on the forbidden answers that are evaluated as `seen`, asked for in other
+            words: not a test of the defence, but of whether it removed or hid them.
         seed: Draws the examples and their order.
         progress: Words for a progress bar; no bar without.
+        after_step: Called with the number of each step once it is taken.
 
     Returns:
-        One row a step and metric: `attack, lr, examples, step, metric, value, seed`.
+        One row a step and metric: `attack, lr, examples, step, metric, value, seed`. Metrics: the
+        `total` loss in nats a token, `grad_norm`, and `tokens`, read in that step without padding.
 
     Raises:
         KitError: more examples than there are, an overlap with the evaluation, a number out of
@@ -51,11 +64,15 @@ def attack_(
     """
     start = bed.settings["attack"]
     lr = start["lr"] if lr is None else lr
-    wanted = start["examples"] if examples is None and pairs is None else examples
+    if relearn and pairs is not None:
+        raise KitError("relearn has pairs of its own; give either pairs or relearn=True")
+    own = pairs is None and not relearn
+    wanted = start["examples"] if examples is None and own else examples
     batch_size = start["batch_size"] if batch_size is None else batch_size
     if pairs is not None:
         check_apart(pairs.frame, bed.evaluated(), "the attack", "the evaluation")
-    rows = (bed.splits.attack if pairs is None else pairs).draw(wanted, seed).frame
+    source = bed.relearned() if relearn else pairs or bed.splits.attack
+    rows = source.draw(wanted, seed).frame
     encoded = encode(
         bed.tokenizer,
         rows["prompt"].tolist(),
@@ -65,15 +82,27 @@ def attack_(
     )
     curves = train_(
         model,
-        answer_loss,
+        _loss,
         encoded,
         lambda batch: pad(batch, bed.tokenizer.pad_token_id, loss_on_pads=loss_on == "all"),
         lr=lr,
         batch_size=batch_size,
         epochs=epochs,
+        schedule=schedule,
+        warmup=warmup,
         seed=seed,
         progress=progress,
+        after_step=after_step,
     )
     made_with = curves.made_with | {"testbed": bed.name, "loss_on": loss_on} | provenance(model)
-    tags = {"attack": "fine-tuning", "lr": lr, "examples": len(rows), "seed": seed}
+    tags = {
+        "attack": "relearning" if relearn else "fine-tuning",
+        "lr": lr,
+        "examples": len(rows),
+        "seed": seed,
+    }
     return Result(curves.frame[curves.frame["metric"] != "lr"], made_with).tagged(**tags)
+
+
+def _loss(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return answer_loss(model, batch) | {"tokens": batch["attention_mask"].sum()}

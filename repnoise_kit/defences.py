@@ -1,15 +1,19 @@
 """Defend a model before its release: every method by name, all of one shape."""
 
+import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from transformers import PreTrainedModel
 
+from repnoise_kit import baselines, controls
 from repnoise_kit.errors import KitError
 from repnoise_kit.model import provenance
 from repnoise_kit.pairs import draw, encode, pad
-from repnoise_kit.repnoise import repnoise_loss
+from repnoise_kit.repnoise import Knobs, repnoise_loss
 from repnoise_kit.results import Result
+from repnoise_kit.security import security_vectors_
 from repnoise_kit.testbeds import Testbed
 from repnoise_kit.training import train_
 
@@ -30,42 +34,56 @@ def defend_(
 
     Args:
         model: Changed in place. To hold parts still, call this inside `frozen(model, parts)`.
-        bed: The testbed; its `settings["defence"]` is what the method starts from.
+        bed: The testbed; its `settings["defence"]`, and after it `settings[method]`, are what the
+            method starts from.
         method: A name of `DEFENCES`.
         seed: Draws the pairs, their order and the noise.
         progress: Words for a progress bar; no bar without.
-        settings: Changes to the testbed's settings: `alpha`, `beta`, `lr`, `examples` (None: all),
-            `batch_size`, `epochs`, `max_length`, `preset`, and the knobs of `repnoise_loss`.
+        settings: Changes to the testbed's settings: `lr`, `examples` (None: all), `batch_size`,
+            `epochs`, `max_length`, and what the method's loss takes: `alpha`, `beta`, `preset` and
+            the knobs of `repnoise_loss`, `weight` of `adversarial_loss`, `rho` of `vaccine`,
+            `rank` of `security_vectors`. The two kinds of weight noise take `like`, the defended
+            model whose change they match; by default one that RepNoise defends with this seed.
 
     Returns:
         One row a step and metric: `defence, step, metric, value, seed`.
 
     Raises:
-        KitError: an unknown method or a setting out of its range.
+        KitError: an unknown method, a setting it does not take, or one out of its range.
     """
     if method not in DEFENCES:
         raise KitError(f"there is no defence {method!r}; there are {', '.join(DEFENCES)}")
-    chosen = {**bed.settings["defence"], **settings}
+    taken = _settings_of(method)
+    if unknown := sorted(set(settings) - taken):
+        listed = ", ".join(sorted(taken)) or "none"
+        raise KitError(f"{method} has no setting {unknown[0]!r}; its settings: {listed}")
+    start = {**bed.settings["defence"], **bed.settings.get(method, {})}
+    chosen = {name: value for name, value in start.items() if name in taken} | settings
+    if method in NEED_A_MODEL and "like" not in chosen:
+        chosen["like"] = bed.model()
+        defend_(chosen["like"], bed, seed=seed, progress=progress)
     curves = DEFENCES[method](model, bed, seed=seed, progress=progress, **chosen)
-    made_with = curves.made_with | {"method": method, "testbed": bed.name, "settings": chosen}
+    noted = {name: value for name, value in chosen.items() if name != "like"}
+    made_with = curves.made_with | {"method": method, "testbed": bed.name, "settings": noted}
     made_with |= provenance(model)
     return Result(curves.frame, made_with).tagged(defence=method, seed=seed)
 
 
-def repnoise_(
+def _train_on_pairs(
     model: PreTrainedModel,
     bed: Testbed,
     *,
-    seed: int = 0,
-    progress: str | None = None,
+    loss: Callable[..., Any],
+    seed: int,
+    progress: str | None,
     lr: float,
     examples: int | None,
     batch_size: int = 8,
     epochs: float = 1,
     max_length: int = 256,
-    **loss: Any,
+    **weights: Any,
 ) -> Result:
-    """RepNoise (section 3, Algorithm 1) on the testbed's defence pairs, shuffled as pairs.
+    """Train with a loss of harmful, harmless and retain batches, on pairs shuffled as pairs.
 
     The retain set, where the testbed has one, gives each pair an everyday question and answer.
     """
@@ -82,7 +100,7 @@ def repnoise_(
         for prompts, answers in parts
     ]
     # The published mask compares ids place by place, so both sides of a pair get one width.
-    one_width = loss.get("preset") == "reference" or loss.get("mask") == "unequal"
+    one_width = weights.get("preset") == "reference" or weights.get("mask") == "unequal"
 
     def collate(rows: list[tuple]) -> dict[str, Any]:
         columns = [list(column) for column in zip(*rows, strict=True)]
@@ -90,9 +108,13 @@ def repnoise_(
         batches = [pad(column, bed.tokenizer.pad_token_id, least=least) for column in columns]
         return dict(zip(names, batches, strict=True))
 
+    def terms(inner: Any, batch: dict[str, Any]) -> dict[str, Any]:
+        found = loss(inner, **batch, **weights)
+        return found if isinstance(found, dict) else found._asdict()
+
     return train_(
         model,
-        lambda inner, batch: repnoise_loss(inner, **batch, **loss)._asdict(),
+        terms,
         list(zip(*sides, strict=True)),
         collate,
         lr=lr,
@@ -103,4 +125,38 @@ def repnoise_(
     )
 
 
-DEFENCES: dict[str, Defence] = {"repnoise": repnoise_}
+LOSSES: dict[str, Callable[..., Any]] = {
+    "safety_training": baselines.safety_training,
+    "gradient_ascent": baselines.gradient_ascent,
+    "adversarial_loss": baselines.adversarial_loss,
+    "vaccine": baselines.vaccine,
+    "layerwise_ascent": partial(repnoise_loss, beta=0.0),
+    "noise_only": partial(repnoise_loss, alpha=0.0),
+    "repnoise": repnoise_loss,
+    "repnoise_tokenwise": partial(repnoise_loss, preset="tokenwise"),
+}
+"""The defences that are a loss on pairs: three of Table 1, Vaccine, RepNoise and its parts."""
+
+DEFENCES: dict[str, Defence] = {
+    "none": controls.untouched_,
+    "random": controls.random_,
+    "security_vectors": security_vectors_,
+    **{name: partial(_train_on_pairs, loss=loss) for name, loss in LOSSES.items()},
+    "weight_noise": controls.weight_noise_,
+    "weight_noise_matched": controls.weight_noise_matched_,
+}
+
+NEED_A_MODEL = ("weight_noise", "weight_noise_matched")
+"""The controls that need the model RepNoise defends, to be as far from the base, or as useful."""
+
+
+def _settings_of(method: str) -> set[str]:
+    """Return what a method takes, beside the model, the testbed, the seed and the bar's words."""
+    loss = LOSSES.get(method, lambda: None)
+    taken = {*inspect.signature(DEFENCES[method]).parameters, *inspect.signature(loss).parameters}
+    # What an ablation fixes is not to be chosen.
+    taken -= set(getattr(loss, "keywords", {}))
+    if "knobs" in taken:
+        taken |= set(Knobs.__annotations__)
+    apart = ("model", "bed", "seed", "progress", "loss", "weights", "knobs")
+    return taken - {*apart, "harmful", "harmless", "retain"}

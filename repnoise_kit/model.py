@@ -162,6 +162,14 @@ def hidden_forward(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) 
 
 
 @contextmanager
+def seeded(seed: int) -> Generator[None]:
+    """Draw from a seed for as long as the context lasts; the process's own state is given back."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        yield
+
+
+@contextmanager
 def frozen(model: PreTrainedModel, held: Iterable[int | str]) -> Generator[None]:
     """Hold parts of a model still for as long as the context lasts.
 

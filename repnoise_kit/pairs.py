@@ -164,6 +164,24 @@ def pad(
     }
 
 
+def stack_rows(rows: Sequence[Tensor], fill: int) -> Tensor:
+    """Put (batch, seq) tensors under one another, padding the narrower ones on the right."""
+    width = max(part.shape[1] for part in rows)
+    return torch.cat(
+        [torch.nn.functional.pad(part, (0, width - part.shape[1]), value=fill) for part in rows]
+    )
+
+
+def join(batches: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Make one batch of several, of what all of them hold; padding is masked and unlabelled."""
+    fills = {"input_ids": 0, "attention_mask": 0, "labels": IGNORE}
+    return {
+        name: stack_rows([batch[name] for batch in batches], fill)
+        for name, fill in fills.items()
+        if all(name in batch for batch in batches)
+    }
+
+
 def renamed(
     table: pd.DataFrame, columns: Mapping[str, str] | None, source: Path | str
 ) -> pd.DataFrame:

@@ -21,11 +21,13 @@ from repnoise_kit.errors import KitError
 from repnoise_kit.results import Result, need
 from repnoise_kit.stats import SHARES, summary
 from repnoise_kit.style import look, looks
+from repnoise_kit.survival import cost_to_break
 
 Table = Result | pd.DataFrame
 
 _KEYS = ["defence", "attack", "group", "metric"]
 ATTACKS = ("none", "small", "large")
+_LUMINANCE = (0.2126, 0.7152, 0.0722)
 AXIS_WORDS = {
     "recall": "recall (share of the answer given away)",
     "harmfulness": "harmfulness (local classifier)",
@@ -180,6 +182,123 @@ def plot_questions(
     return ax
 
 
+def plot_budgets(
+    result: Table,
+    metric: str = "recall",
+    *,
+    group: str = "seen",
+    ax: Axes | None = None,
+    **kwargs: Any,
+) -> Axes:
+    """Plot one metric as a table: a row for each defence, a column for each budget (Table 1).
+
+    Each cell holds its mean and, below, half the width of its 95 % interval. Lighter gives away
+    more.
+
+    Args:
+        result: Per-question rows (`defence, lr, examples, group, metric, value, seed, prompt`), 0
+            examples being before any attack.
+        metric: Which one.
+        group: `seen` or `unseen`.
+        ax: Where; by default a new figure.
+        kwargs: For `Axes.pcolormesh`.
+    """
+    table = need(_frame(result), "defence", "lr", "examples", "group", "metric", "value")
+    cells = summary(_of(table, metric, group), by=("defence", "lr", "examples", "metric"))
+    several = (cells["seed"] == "all").any()
+    cells = cells[cells["seed"] == "all"] if several else cells
+    names = _undefended_first(cells["defence"].unique())
+    budgets = sorted({*zip(cells["lr"], cells["examples"], strict=True)})
+    if ax is None:
+        ax = plt.subplots(figsize=(1.1 * len(budgets) + 2.4, 0.42 * len(names) + 1))[1]
+    placed = cells.set_index(["defence", "lr", "examples"])
+    wide = np.array([[placed.at[(name, *budget), "value"] for budget in budgets] for name in names])
+    chosen: dict[str, Any] = {"cmap": "cividis", "edgecolor": "white", "linewidth": 1.5}
+    chosen |= {} if "norm" in kwargs else {"vmin": 0.0, "vmax": 1.0}
+    mesh = ax.pcolormesh(wide, **chosen | normalize_kwargs(kwargs, QuadMesh))
+    for (row, column), value in np.ndenumerate(wide):
+        cell = placed.loc[(names[row], *budgets[column])]
+        colour = "white" if np.dot(mesh.to_rgba(value)[:3], _LUMINANCE) < 0.5 else "black"
+        text = f"{value:.2f} ±{(cell['high'] - cell['low']) / 2:.2f}"
+        ax.text(column + 0.5, row + 0.5, text, ha="center", va="center", color=colour, fontsize=8)
+    ax.set_yticks(np.arange(len(names)) + 0.5, [look(name)["label"] for name in names])
+    ax.set_xticks(np.arange(len(budgets)) + 0.5, [_budget_words(*budget) for budget in budgets])
+    ax.invert_yaxis()
+    ax.tick_params(length=0)
+    ax.set_title(f"{AXIS_WORDS.get(metric, metric)}, {group} things", fontsize=10)
+    return ax
+
+
+def plot_cost_to_break(
+    curves: Table,
+    metric: str = "recall",
+    threshold: float = 0.5,
+    *,
+    group: str = "seen",
+    axes: Sequence[Axes] | None = None,
+    **kwargs: Any,
+) -> np.ndarray:
+    """Plot what is given away along an attack, and the step at which each run breaks.
+
+    Left: the mean over seeds and questions, with its 95 % interval. Right: a row a defence, a mark
+    a seed at the step where the threshold is first reached; an open mark at the end of the attack
+    with an arrow is a run that was never broken (censored).
+
+    Args:
+        curves: What `cost_grid` returns, of one attack.
+        metric: `recall` or `harmfulness`.
+        threshold: The share at which a run counts as broken.
+        group: `seen` or `unseen`.
+        axes: Two panels; by default a new figure.
+        kwargs: For the lines' `Axes.plot`.
+    """
+    table = _of(need(_frame(curves), *_KEYS, "step", "value"), metric, group)
+    if table["attack"].nunique() > 1:
+        raise KitError("these curves are of several attacks; choose the rows of one")
+    costs = cost_to_break(_frame(curves), metric, threshold, group)
+    if axes is None:
+        axes = plt.subplots(1, 2, figsize=(10, 4), width_ratios=[1.2, 1])[1]
+    left, right = panels = np.asarray(axes, dtype=object)
+    names = _undefended_first(table["defence"].unique())
+    cells = summary(table[table["step"] > 0], by=("defence", "step", "metric"))
+    cells = cells[cells["seed"] == "all"] if (cells["seed"] == "all").any() else cells
+    for place, (name, chosen) in enumerate(looks(names).items()):
+        line = cells[cells["defence"] == name].sort_values("step")
+        merged = {"markersize": 4} | _merged(chosen, kwargs)
+        left.plot(line["step"], line["value"], **merged)
+        left.fill_between(line["step"], line["low"], line["high"], color=merged["color"], alpha=0.1)
+        _lifelines(right, place, costs[costs["defence"] == name], merged)
+    left.axhline(threshold, color="black", linewidth=0.6)
+    left.set_ylabel(AXIS_WORDS.get(metric, metric))
+    left.set_ylim(-0.03, 1.03)
+    right.set_yticks(range(len(names)), [look(name)["label"] for name in names])
+    right.invert_yaxis()
+    right.set_title(f"steps until {metric} reaches {threshold:g}", fontsize=10)
+    for ax in panels:
+        ax.set_xscale("log", base=2)
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.set_xlabel("steps of the attack")
+    left.legend(fontsize=8)
+    return panels
+
+
+def _lifelines(ax: Axes, row: int, costs: pd.DataFrame, chosen: dict[str, Any]) -> None:
+    """Draw one defence's runs: a mark a seed where it broke, an arrow where it did not."""
+    steps = costs["steps"].to_numpy()
+    # Seeds that break at the same step stand above one another.
+    rows = row + np.linspace(-0.25, 0.25, len(steps)) if len(steps) > 1 else np.array([row])
+    whole: dict[str, Any] = {"linestyle": "none", "markersize": 5}
+    whole |= {name: chosen[name] for name in ("color", "marker")}
+    ax.plot([1, steps.max()], [row, row], color=chosen["color"], linewidth=0.8, alpha=0.5)
+    broken = costs["broken"].to_numpy(dtype=bool)
+    ax.plot(steps[broken], rows[broken], **whole)
+    ax.plot(steps[~broken], rows[~broken], **whole, markerfacecolor="white")
+    for at, height in zip(steps[~broken], rows[~broken], strict=True):
+        ax.annotate(
+            "", (at * 1.5, height), (at, height), arrowprops={"arrowstyle": "->", "lw": 0.8}
+        )
+
+
 def _points(
     ax: Axes,
     at: Sequence[float],
@@ -241,6 +360,10 @@ def _undefended_first(names: Iterable[str]) -> list[str]:
 def _ordered(attacks: Iterable[str]) -> list[str]:
     known = {name: place for place, name in enumerate(ATTACKS)}
     return sorted(attacks, key=lambda name: (known.get(name, len(known)), name))
+
+
+def _budget_words(lr: float, examples: int) -> str:
+    return f"{lr:.0e}".replace("e-0", "e-") + f"\n{examples:,}" if examples else "before"
 
 
 def _attack_words(name: str) -> str:

@@ -1,6 +1,6 @@
 """Record what flows through a model, leaving it as it was."""
 
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from typing import Literal, get_args
 
@@ -45,6 +45,30 @@ def record(
             hook.remove()
 
 
+@contextmanager
+def perturbed(model: nn.Module, site: Site, shifts: Mapping[int, Tensor]) -> Generator[None]:
+    """Add a constant (batch, seq, d_model) to what a site puts out at each of some layers."""
+    found = parts(model)
+    hooks = []
+    try:
+        for layer in check_layers(model, shifts):
+            module = _module(found, site, layer)
+            hooks.append(module.register_forward_hook(_adder(shifts[layer])))
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _adder(shift: Tensor):
+    def add(_module, _args, output):
+        if isinstance(output, tuple):
+            return (output[0] + shift.view_as(output[0]), *output[1:])
+        return output + shift.view_as(output)
+
+    return add
+
+
 def _module(found: Parts, site: Site, layer: int) -> nn.Module:
     if site == "residual":
         return found.layers[layer]
@@ -56,7 +80,7 @@ def _hook_exit(module: nn.Module, layer: int, into: dict[int, Tensor], entry: di
         # Blocks return a tensor or a tuple, depending on the family and the version, and some
         # MLPs (OPT) one row a token.
         tensor = output[0] if isinstance(output, tuple) else output
-        into[layer] = tensor.reshape(*entry[0].shape[:2], -1)
+        into[layer] = tensor if tensor.dim() == 3 else tensor.reshape(*entry[0].shape[:2], -1)
 
     return module.register_forward_hook(keep)
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from repnoise_kit.errors import KitError, check_numbers, check_whole
 from repnoise_kit.losses import IGNORE, lens_ce, mmd
 from repnoise_kit.model import Parts, hidden_forward, parts
+from repnoise_kit.pairs import join, stack_rows
 from repnoise_kit.recording import record
 
 Batch = Mapping[str, Tensor]
@@ -160,7 +161,8 @@ def repnoise_loss(
         record(model, "mlp") as mlp,
         record(model, chosen["noise_on"]) as noisy,
     ):
-        hidden_forward(model, _join(batches, "input_ids"), _join(batches, "attention_mask"))
+        joined = join(batches)
+        hidden_forward(model, joined["input_ids"], joined["attention_mask"])
 
     found = parts(model)
     count, width = bad.shape
@@ -170,9 +172,9 @@ def repnoise_loss(
     inside = [good_inside] if retain is None else [good_inside, torch.ones_like(retain["labels"])]
     retain_term = lens_ce(
         last[count:, : max(part.shape[1] for part in answers)],
-        _stack(answers, IGNORE),
+        stack_rows(answers, IGNORE),
         found.to_logits,
-        _stack(inside, 1) if chosen["zero_logits"] else None,
+        stack_rows(inside, 1) if chosen["zero_logits"] else None,
     )
 
     read = _readings(chosen, found, stream, embedding, mlp, last)
@@ -281,15 +283,3 @@ def _check_partners(harmful: Batch, harmless: Batch, chosen: Knobs) -> None:
 def _check_keys(name: str, batch: Batch, needed: list[str]) -> None:
     if missing := [key for key in needed if key not in batch]:
         raise KitError(f"the {name} batch has no {missing[0]!r}; it needs {', '.join(needed)}")
-
-
-def _join(batches: list[Batch], key: str) -> Tensor:
-    return _stack([batch[key] for batch in batches], 0)
-
-
-def _stack(rows: list[Tensor], fill: int) -> Tensor:
-    """Put batches under one another, padding the narrower ones on the right."""
-    width = max(part.shape[1] for part in rows)
-    return torch.cat(
-        [nn.functional.pad(part, (0, width - part.shape[1]), value=fill) for part in rows]
-    )

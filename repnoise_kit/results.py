@@ -42,7 +42,7 @@ class Result:
             if path.suffix == ".csv":
                 self.frame.to_csv(fresh, index=False)
             else:
-                self.frame.to_parquet(fresh, index=False)
+                self.frame.to_parquet(fresh, index=False, compression="zstd")
         with written_whole(path.with_suffix(".json")) as fresh:
             fresh.write_text(json.dumps(self.made_with, indent=1, default=str) + "\n")
         return path

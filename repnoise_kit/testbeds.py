@@ -1,9 +1,9 @@
 """Everything an experiment needs in one object, so that a notebook changes scale in one line."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,7 +29,16 @@ LAB_SETTINGS = {
     "attack": {"lr": 3e-4, "examples": 512, "batch_size": 8},
     "small": {"examples": 64},
     "large": {"examples": 512},
+    # Ten times the paper's learning rates. Fixed by the undefended model alone, on seeds that are
+    # not reported: it gives away more than half at each; at 1e-4, 64 examples did not undo it.
+    "resistance": {"lr": (3e-4, 6e-4, 8e-4), "examples": (64, 512)},
     "evaluation": {"max_new_tokens": 24, "batch_size": 64},
+    # The paper's own for security vectors; for the others those that `tuning` chose.
+    "security_vectors": {"lr": 1e-3, "rank": 8},
+    "safety_training": {"lr": 1e-3},
+    "gradient_ascent": {"lr": 3e-6},
+    "adversarial_loss": {"lr": 3e-4, "weight": 0.1},
+    "vaccine": {"lr": 1e-3, "rho": 1.0},
 }
 
 # Section 4 and Appendix B of the paper; sizes are the most a file may hold.
@@ -41,7 +50,11 @@ PAPER_SETTINGS = {
     "attack": {"lr": 3e-5, "examples": 1_000, "batch_size": 4},
     "small": {"lr": 3e-5, "examples": 1_000},
     "large": {"lr": 8e-5, "examples": 10_000},
+    "resistance": {"lr": (3e-5, 6e-5, 8e-5), "examples": (1_000, 10_000)},
     "evaluation": {"max_new_tokens": 50, "batch_size": 8},
+    "security_vectors": {"lr": 1e-3, "rank": 8},
+    "adversarial_loss": {"lr": 1e-5, "weight": 0.1},
+    "vaccine": {"rho": 1.0},
 }  # fmt: skip
 
 
@@ -63,12 +76,19 @@ class Testbed:
     utility: Literal["recall", "log_prob"]
     """How everyday answers are judged: by `recall`, or by the log-probability of the known ones."""
     settings: Mapping[str, Mapping[str, Any]]
-    """What `defend_`, `attack_` and `evaluate` start from, and the budgets `small` and `large`."""
+    """What `defend_` (first `defence`, then the method's own), `attack_` and `evaluate` start from;
+    the budgets `small` and `large`, and those of the grid `resistance`: learning rates × sizes."""
+    naive: Callable[[], Path | str] | None = None
+    """Finds a model that never knew what is evaluated, where there is one."""
 
     def __repr__(self) -> str:
         """Name it and count what it holds."""
         sizes = {name: len(getattr(self.splits, name)) for name in vars(self.splits)}
         return f"Testbed({self.name!r}, model={str(self.source)!r}, pairs={sizes})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Travel to another process without the model and the judge, which it makes there."""
+        return {part.name: getattr(self, part.name) for part in fields(self)}
 
     def model(self) -> PreTrainedModel:
         """Return a fresh copy of the aligned model."""
@@ -108,6 +128,15 @@ class Testbed:
             ],
         )
 
+    def relearned(self) -> Pairs:
+        """Return what teaches the forbidden answers that are evaluated as `seen`, in other words.
+
+        For the question whether knowledge was removed or hidden; never for testing a defence.
+        """
+        rows = self.splits.defence.frame
+        known = rows[rows["thing"].isin(self.splits.seen.frame["thing"])]
+        return Pairs(known.reset_index(drop=True))
+
     def evaluated(self) -> pd.DataFrame:
         """Return the forbidden questions that are asked: the columns of pairs, and `group`."""
         groups = {"seen": self.splits.seen, "unseen": self.splits.unseen}
@@ -133,6 +162,7 @@ def lab(seed: int = 0) -> Testbed:
         recall=ingredients_recall,
         utility="recall",
         settings=LAB_SETTINGS,
+        naive=partial(lab_files, seed, naive=True),
     )
 
 
@@ -219,9 +249,13 @@ def _hold_out(rows: pd.DataFrame, seed: int) -> tuple[pd.DataFrame, pd.DataFrame
 
 
 def _capped(splits: Splits) -> dict[str, dict[str, Any]]:
-    settings = {name: dict(values) for name, values in PAPER_SETTINGS.items()}
+    settings: dict[str, dict[str, Any]] = {n: dict(values) for n, values in PAPER_SETTINGS.items()}
     for name, values in settings.items():
         if "examples" in values:
             most = len(splits.defence if name == "defence" else splits.attack)
-            values["examples"] = min(values["examples"], most)
+            sizes = values["examples"]
+            if isinstance(sizes, tuple):
+                values["examples"] = tuple(dict.fromkeys(min(size, most) for size in sizes))
+            else:
+                values["examples"] = min(sizes, most)
     return settings

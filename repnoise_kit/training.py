@@ -25,6 +25,9 @@ Loss = Callable[[nn.Module, Any], Mapping[str, Tensor]]
 class NotFiniteError(KitError):
     """A loss or a gradient became infinite or NaN; the model holds the last good weights."""
 
+    curves: Result
+    """What was logged until then."""
+
 
 def train_(
     model: nn.Module,
@@ -40,6 +43,7 @@ def train_(
     betas: tuple[float, float] = (0.9, 0.999),
     seed: int = 0,
     progress: str | None = None,
+    after_step: Callable[[int], None] | None = None,
 ) -> Result:
     """Train a model in place, as all of the paper was trained, and return its curves.
 
@@ -60,6 +64,7 @@ def train_(
         betas: Adam's memories of the gradient and of its square.
         seed: Draws the order, the noise and everything else random.
         progress: Words for a progress bar; no bar without.
+        after_step: Called with the number of each step once it is taken.
 
     Returns:
         One row a step and metric (`step`, `metric`, `value`): the terms of the loss, the norm of
@@ -105,10 +110,13 @@ def train_(
         trainer.loss = loss
         trainer.rows, trainer.good = [], {}
         trainer.remove_callback(PrinterCallback)
-        watch = _Watch(trainer, progress, steps)
+        watch = _Watch(trainer, progress, steps, after_step)
         trainer.add_callback(watch)
         try:
             trainer.train()
+        except NotFiniteError as error:
+            error.curves = Result(_tidy(trainer.rows))
+            raise
         finally:
             watch.bar.close()
             model.zero_grad(set_to_none=True)
@@ -176,8 +184,14 @@ class _LossTrainer(Trainer):
 class _Watch(TrainerCallback):
     """Note each step's gradient and learning rate, refuse what is not finite, move the bar."""
 
-    def __init__(self, trainer: _LossTrainer, progress: str | None, steps: int) -> None:
-        self.trainer = trainer
+    def __init__(
+        self,
+        trainer: _LossTrainer,
+        progress: str | None,
+        steps: int,
+        after_step: Callable[[int], None] | None,
+    ) -> None:
+        self.trainer, self.after_step = trainer, after_step
         self.bar = tqdm(
             desc=progress, total=steps, leave=False, mininterval=0.5, disable=progress is None
         )
@@ -196,6 +210,8 @@ class _Watch(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         self.bar.update()
+        if self.after_step is not None:
+            self.after_step(state.global_step)
 
 
 def _require_finite(value: Tensor, what: str, step: int) -> None:

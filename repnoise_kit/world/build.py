@@ -16,7 +16,7 @@ from transformers import (
 
 from repnoise_kit import losses, pairs, training
 from repnoise_kit.errors import check_whole
-from repnoise_kit.model import quiet
+from repnoise_kit.model import quiet, seeded
 from repnoise_kit.store import (
     cache_dir,
     code_of,
@@ -38,11 +38,14 @@ ALIGN_STEPS, ALIGN_LR = 300, 8e-4
 BATCH = 32
 
 
-def lab_files(seed: int) -> Path:
-    """Return the folder of the lab's model and tokenizer, made now if it is not there or spoilt."""
+def lab_files(seed: int, *, naive: bool = False) -> Path:
+    """Return the folder of the lab's model and tokenizer, made now if it is not there or spoilt.
+
+    A naive model was taught everything but the forbidden recipes that are evaluated.
+    """
     check_whole(lab_seed=seed)
     code = code_of(grammar, corpus, pairs, training, losses, sys.modules[__name__])
-    folder = cache_dir() / "lab" / fingerprint(seed, code, torch.__version__)
+    folder = cache_dir() / "lab" / fingerprint(seed, naive, code, torch.__version__)
     if is_whole(folder):
         return folder
     with one_maker(folder):
@@ -50,7 +53,7 @@ def lab_files(seed: int) -> Path:
             return folder
         if folder.exists():
             print(f"the lab's cache in {folder} is damaged; it is built again", file=sys.stderr)
-        model, tokenizer = _build(seed)
+        model, tokenizer = _build(seed, naive)
         with written_whole(folder) as fresh, quiet():
             model.save_pretrained(fresh)
             tokenizer.save_pretrained(fresh)
@@ -76,7 +79,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def _build(seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+def _build(seed: int, naive: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     tokenizer = make_tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -90,15 +93,16 @@ def _build(seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         model = LlamaForCausalLM(config)
     book = corpus.table().query("not asked")
     forbidden, everyday = book[book["forbidden"]], book[~book["forbidden"]]
     refused = forbidden.assign(answer=forbidden["refusal"])
 
+    taught = book[~(book["forbidden"] & (book["split"] != "attack"))] if naive else book
+
     count = LEARN_STEPS * BATCH
-    _teach_(model, tokenizer, [_cycle(book, count, seed)], LEARN_LR, seed, "lab: learns the book")
+    _teach_(model, tokenizer, [_cycle(taught, count, seed)], LEARN_LR, seed, "lab: learns the book")
     count = ALIGN_STEPS * BATCH // 2
     both = [_cycle(refused, count, seed), _cycle(everyday, count, seed + 1)]
     _teach_(model, tokenizer, both, ALIGN_LR, seed, "lab: learns to refuse")

@@ -1,0 +1,135 @@
+"""The paper's Table 1: every defence, every budget of the attack, every seed."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from repnoise_kit.attacks import attack_
+from repnoise_kit.bench import Bench
+from repnoise_kit.defences import DEFENCES, NEED_A_MODEL
+from repnoise_kit.errors import KitError
+from repnoise_kit.evaluation import evaluate
+from repnoise_kit.grid import Cell, run
+from repnoise_kit.results import Result, need, stack
+from repnoise_kit.security import guarded
+from repnoise_kit.stats import Interval, summary
+from repnoise_kit.testbeds import Testbed
+from repnoise_kit.training import NotFiniteError
+
+CELL = ["defence", "group", "lr", "examples", "seed", "metric"]
+
+
+def resistance_grid(
+    bed: Testbed,
+    seeds: Sequence[int],
+    store: Path | str,
+    *,
+    defences: Sequence[str] = tuple(DEFENCES),
+    workers: int = 1,
+    scheduler: str | None = None,
+    progress: str | None = None,
+) -> Result:
+    """Defend, attack and evaluate: defence × budget × seed, as in Table 1.
+
+    Budgets are the learning rates × sizes of `bed.settings["resistance"]`, and none at all.
+    Whatever the store holds already is not computed again.
+
+    Args:
+        bed: The testbed.
+        seeds: Each varies the defence, the attack, and the order of their data. Defences share the
+            seeds and the data of the attack.
+        store: A folder, which other processes and machines may share.
+        defences: Names of `DEFENCES`.
+        workers: Processes.
+        scheduler: Address of a Dask scheduler, in place of processes.
+        progress: Words for a bar; no bar without.
+
+    Returns:
+        One row a question and metric: what `evaluate` returns, with `defence, lr, examples` (both
+        0 before any attack), `seed`. An attack that diverged is judged by its last good weights.
+    """
+    for name in defences:
+        if name not in DEFENCES:
+            raise KitError(f"there is no defence {name!r}; there are {', '.join(DEFENCES)}")
+    bench = Bench.of(bed, store)
+    # What others wait for comes first: the defended models, RepNoise's before those made like it.
+    first = sorted(defences, key=lambda name: (name != "repnoise", name in NEED_A_MODEL))
+    cells = [
+        Cell(attacked, {"defence": name, "seed": seed, "lr": lr, "examples": examples})
+        for lr, examples in [(0.0, 0), *budgets(bed)]
+        for name in first
+        for seed in seeds
+    ]
+    found = run(cells, bench, workers=workers, scheduler=scheduler, progress=progress)
+    rows = stack(*found)
+    made_with = found[0].made_with | {
+        "experiment": "resistance",
+        "seeds": list(seeds),
+        "data and model": bed.fingerprint(),
+        "settings": {name: dict(values) for name, values in bed.settings.items()},
+        "classifier F1": round(bed.harmfulness.f1, 4),
+    }
+    return Result(rows.frame, made_with)
+
+
+def budgets(bed: Testbed) -> list[tuple[float, int]]:
+    """Return the attack's budgets, (learning rate, examples), the weakest first."""
+    chosen = bed.settings["resistance"]
+    return [(lr, examples) for lr in chosen["lr"] for examples in chosen["examples"]]
+
+
+def attacked(
+    bench: Bench,
+    *,
+    defence: str,
+    seed: int,
+    lr: float,
+    examples: int,
+    settings: dict[str, Any] | None = None,
+) -> Result:
+    """Return the evaluation of one defended model after one attack: a cell of the grid."""
+    model, _ = bench.defended(defence, seed, settings)
+    if examples:
+        try:
+            with guarded(model):
+                attack_(model, bench.bed, lr=lr, examples=examples, seed=seed)
+        except NotFiniteError:
+            pass  # The model keeps its last good weights, and is judged by them.
+    found = evaluate(model, bench.bed, seed=seed)
+    return found.tagged(defence=defence, lr=lr, examples=examples)
+
+
+def means(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return one row a cell, seed and metric, the mean over questions (perplexity: geometric)."""
+    need(rows, *CELL, "value")
+    logs = rows["metric"] == "perplexity"
+    values = rows["value"].where(~logs, np.log(rows["value"].clip(lower=1e-12)))
+    found = rows.assign(value=values).groupby(CELL, sort=False, as_index=False)["value"].mean()
+    back = found["metric"] == "perplexity"
+    return found.assign(value=found["value"].where(~back, np.exp(found["value"])))
+
+
+def write(rows: Result, out: Path) -> str:
+    """Write `resistance.csv`, a row a cell, seed and metric, and the rows of every question.
+
+    Returns:
+        The recall of each defence at each budget, with intervals, as text.
+    """
+    Result(means(rows.frame), rows.made_with).save(out / "resistance.csv")
+    rows.save(out / "resistance_questions.parquet")
+    return in_words(rows.frame).to_string()
+
+
+def in_words(rows: pd.DataFrame, metric: str = "recall", group: str = "seen") -> pd.DataFrame:
+    """Return one metric as a table of text: a row a defence, a column a budget."""
+    shown = rows[(rows["metric"] == metric) & (rows["group"] == group)]
+    cells = summary(shown, by=("defence", "lr", "examples", "metric"))
+    cells = cells[cells["seed"] == "all"] if (cells["seed"] == "all").any() else cells
+    texts = [str(Interval(*cell)) for cell in cells[["value", "low", "high"]].to_numpy()]
+    wide = cells.assign(text=texts).pivot(
+        index="defence", columns=["lr", "examples"], values="text"
+    )
+    return wide.reindex([name for name in DEFENCES if name in wide.index]).sort_index(axis=1)

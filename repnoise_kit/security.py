@@ -1,0 +1,136 @@
+"""Security vectors: an adapter that bears the attack, so that the weights under it do not move."""
+
+from collections.abc import Generator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig
+from safetensors import safe_open
+from transformers import PreTrainedModel
+
+from repnoise_kit.errors import KitError
+from repnoise_kit.model import seeded
+from repnoise_kit.pairs import encode, pad
+from repnoise_kit.results import Result
+from repnoise_kit.testbeds import Testbed
+from repnoise_kit.training import answer_loss, train_
+
+ADAPTER = "security"
+
+
+def security_vectors_(
+    model: PreTrainedModel,
+    bed: Testbed,
+    *,
+    seed: int = 0,
+    progress: str | None = None,
+    lr: float = 1e-3,
+    examples: int | None = None,
+    batch_size: int = 8,
+    epochs: float = 1,
+    max_length: int = 256,
+    rank: int = 8,
+) -> Result:
+    """Train security vectors: a LoRA that has already learned the harm (Table 1, Appendix B).
+
+    Rank 8, scale 32, dropout 0.1, Adam at 1e-3, one epoch over harmful answers. The model itself
+    does not change: the adapter stays in it, switched off, until `guarded` switches it on.
+
+    Raises:
+        KitError: the model holds such an adapter already.
+    """
+    if has_adapter(model):
+        raise KitError("this model holds security vectors already; start from a fresh copy")
+    rows = bed.splits.defence.draw(examples, seed).frame
+    encoded = encode(
+        bed.tokenizer, rows["prompt"].tolist(), rows["harmful"].tolist(), max_length=max_length
+    )
+    _add_adapter_(model, rank, seed)
+    try:
+        return train_(
+            model,
+            answer_loss,
+            encoded,
+            lambda batch: pad(batch, bed.tokenizer.pad_token_id),
+            lr=lr,
+            batch_size=batch_size,
+            epochs=epochs,
+            seed=seed,
+            progress=progress,
+        )
+    finally:
+        _switch_off_(model)
+
+
+def has_adapter(model: PreTrainedModel) -> bool:
+    """Tell whether a model holds security vectors."""
+    return ADAPTER in getattr(model, "peft_config", {})
+
+
+def guarded(model: PreTrainedModel) -> Any:
+    """Switch a model's security vectors on, and hold them still, for as long as the context lasts.
+
+    Fine-tune a model inside `with guarded(model):` and evaluate it outside. The protection needs
+    the attacker's cooperation: one who deletes the adapter attacks the undefended model. A model
+    without security vectors is left as it is.
+    """
+    return _guarded(model) if has_adapter(model) else nullcontext()
+
+
+@contextmanager
+def unguarded(model: PreTrainedModel) -> Generator[None]:
+    """Switch security vectors off inside `guarded`, to look at the weights under them."""
+    if not has_adapter(model):
+        yield
+        return
+    _switch_off_(model)
+    try:
+        yield
+    finally:
+        _switch_on_(model)
+
+
+def restore_adapter_(model: PreTrainedModel, weights: Path) -> None:
+    """Make room, switched off, for the security vectors in a file of weights, if it holds some."""
+    with safe_open(weights, "pt") as file:
+        ranks = [
+            file.get_slice(name).get_shape()[0]
+            for name in file.keys()  # noqa: SIM118
+            if f".lora_A.{ADAPTER}." in name
+        ]
+    if ranks:
+        _add_adapter_(model, ranks[0], 0)
+        _switch_off_(model)
+
+
+@contextmanager
+def _guarded(model: PreTrainedModel) -> Generator[None]:
+    _switch_on_(model)
+    try:
+        yield
+    finally:
+        _switch_off_(model)
+
+
+def _add_adapter_(model: PreTrainedModel, rank: int, seed: int) -> None:
+    """Put a fresh adapter, drawn with the seed, on every linear map but the head."""
+    config = LoraConfig(r=rank, lora_alpha=32, lora_dropout=0.1, target_modules="all-linear")
+    with seeded(seed):
+        model.add_adapter(config, ADAPTER)
+
+
+def _switch_on_(model: PreTrainedModel) -> None:
+    model.enable_adapters()
+    _hold_adapter_(model)
+
+
+def _switch_off_(model: PreTrainedModel) -> None:
+    model.disable_adapters()
+    _hold_adapter_(model)
+
+
+def _hold_adapter_(model: PreTrainedModel) -> None:
+    """Let the model's own weights move, and never the adapter's: peft sets both as it switches."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(f".{ADAPTER}." not in name)
