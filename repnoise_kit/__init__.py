@@ -29,7 +29,9 @@ _ROOMS = {
     "defences": ("DEFENCES", "defend_"),
     "attacks": ("attack_",),
     "evaluation": ("evaluate",),
+    "bench": ("Bench",),
     "grid": (),
+    "tuning": (),
     "resistance": ("resistance_grid",),
     "cost": ("cost_grid",),
     "plots": (
@@ -56,6 +58,8 @@ def __dir__() -> list[str]:
 
 if TYPE_CHECKING:
     from repnoise_kit.attacks import attack_ as attack_
+    from repnoise_kit.bench import Bench as Bench
+    from repnoise_kit.cost import cost_grid as cost_grid
     from repnoise_kit.defences import DEFENCES as DEFENCES
     from repnoise_kit.defences import defend_ as defend_
     from repnoise_kit.errors import KitError as KitError
@@ -67,6 +71,8 @@ if TYPE_CHECKING:
     from repnoise_kit.pairs import Pairs as Pairs
     from repnoise_kit.pairs import load_answers as load_answers
     from repnoise_kit.pairs import load_pairs as load_pairs
+    from repnoise_kit.plots import plot_budgets as plot_budgets
+    from repnoise_kit.plots import plot_cost_to_break as plot_cost_to_break
     from repnoise_kit.plots import plot_layers as plot_layers
     from repnoise_kit.plots import plot_metric as plot_metric
     from repnoise_kit.plots import plot_price as plot_price
@@ -77,17 +83,23 @@ if TYPE_CHECKING:
     from repnoise_kit.repnoise import PRESETS as PRESETS
     from repnoise_kit.repnoise import RepNoiseLoss as RepNoiseLoss
     from repnoise_kit.repnoise import repnoise_loss as repnoise_loss
+    from repnoise_kit.resistance import resistance_grid as resistance_grid
     from repnoise_kit.results import Result as Result
     from repnoise_kit.results import stack as stack
     from repnoise_kit.security import guarded as guarded
     from repnoise_kit.splits import Splits as Splits
     from repnoise_kit.splits import split as split
     from repnoise_kit.stats import Interval as Interval
+    from repnoise_kit.stats import compare_cells as compare_cells
     from repnoise_kit.stats import difference as difference
+    from repnoise_kit.stats import holm as holm
     from repnoise_kit.stats import interval as interval
+    from repnoise_kit.stats import p_value as p_value
     from repnoise_kit.stats import summary as summary
     from repnoise_kit.stats import verdict as verdict
     from repnoise_kit.style import clean_style as clean_style
+    from repnoise_kit.survival import cost_ratios as cost_ratios
+    from repnoise_kit.survival import cost_to_break as cost_to_break
     from repnoise_kit.testbeds import Testbed as Testbed
     from repnoise_kit.testbeds import lab as lab
     from repnoise_kit.testbeds import testbed as testbed

@@ -1,6 +1,7 @@
 """The command line: `python -m repnoise_kit quickstart`, `lab` and `grid`. Thin."""
 
 import argparse
+import shlex
 import sys
 import warnings
 from collections.abc import Callable
@@ -21,7 +22,8 @@ class _Parser(argparse.ArgumentParser):
 def main(words: list[str] | None = None) -> int:
     """Run a command; return 0, or 2 after one line on stderr about what the user can mend."""
     try:
-        arguments = _parser().parse_args(words)
+        words = sys.argv[1:] if words is None else words
+        arguments = _parser().parse_args(words, argparse.Namespace(words=words))
         arguments.run(arguments)
     except KitError as error:
         print("repnoise_kit:", *str(error).splitlines(), file=sys.stderr)
@@ -75,7 +77,7 @@ def show_lab(arguments: argparse.Namespace) -> None:
 def grid(arguments: argparse.Namespace) -> None:
     """Run a grid of experiments, or go on with one, and write its tables."""
     from repnoise_kit import cost, resistance, tuning
-    from repnoise_kit.store import cache_dir
+    from repnoise_kit.results import Result
 
     out = _writable(arguments.out)
     grids = {
@@ -89,12 +91,13 @@ def grid(arguments: argparse.Namespace) -> None:
     rows = make(
         _bed(arguments),
         range(arguments.first_seed, arguments.first_seed + arguments.seeds),
-        arguments.store or cache_dir() / "grid",
+        arguments.store,
         workers=arguments.workers,
         scheduler=arguments.scheduler,
         progress=f"grid {arguments.name}",
     )
-    print(write(rows, out))
+    command = shlex.join(["python", "-m", "repnoise_kit", *arguments.words])
+    print(write(Result(rows.frame, rows.made_with | {"command": command}), out))
     print(f"\nwritten to {out}")
 
 

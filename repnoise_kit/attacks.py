@@ -71,7 +71,8 @@ def attack_(
     batch_size = start["batch_size"] if batch_size is None else batch_size
     if pairs is not None:
         check_apart(pairs.frame, bed.evaluated(), "the attack", "the evaluation")
-    source = bed.relearned() if relearn else pairs or bed.splits.attack
+    given = bed.splits.attack if pairs is None else pairs
+    source = bed.relearned() if relearn else given
     rows = source.draw(wanted, seed).frame
     encoded = encode(
         bed.tokenizer,

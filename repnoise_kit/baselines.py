@@ -5,13 +5,16 @@ padded on the right) and returns named scalars, of which `total` is minimised. C
 in nats a token, over labelled tokens.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from repnoise_kit.errors import check_numbers
 from repnoise_kit.losses import masked_ce
+from repnoise_kit.model import parts
 from repnoise_kit.pairs import join
-from repnoise_kit.recording import perturbed, record
+from repnoise_kit.recording import perturbed
 from repnoise_kit.repnoise import Batch
 
 Terms = dict[str, Tensor]
@@ -64,7 +67,7 @@ def adversarial_loss(
 
 
 def vaccine(
-    model: nn.Module,
+    model: Any,
     harmful: Batch,
     harmless: Batch,
     *,
@@ -86,9 +89,16 @@ def vaccine(
     """
     check_numbers(rho=rho)
     batch = join(_kept(harmless, retain))
-    with record(model, "attention") as activations:
+    # Slopes are taken of a drift of 0, so that there are some under held parts too.
+    shape = (*batch["input_ids"].shape, model.config.get_text_config().hidden_size)
+    weight = model.get_input_embeddings().weight
+    zeros = [
+        torch.zeros(shape, dtype=weight.dtype, device=weight.device, requires_grad=True)
+        for _ in parts(model).layers
+    ]
+    with perturbed(model, "attention", dict(enumerate(zeros))):
         still = _ce(model, batch)
-    slopes = torch.autograd.grad(still, [activations[layer] for layer in sorted(activations)])
+    slopes = torch.autograd.grad(still, zeros)
     length = torch.nn.utils.get_total_norm(slopes)
     drift = {layer: rho * slope / (length + 1e-12) for layer, slope in enumerate(slopes)}
     with perturbed(model, "attention", drift):

@@ -31,7 +31,15 @@ from repnoise_kit.errors import KitError
 from repnoise_kit.model import load_model
 from repnoise_kit.results import Result
 from repnoise_kit.security import restore_adapter_
-from repnoise_kit.store import code_of, fingerprint, is_whole, one_maker, seal, written_whole
+from repnoise_kit.store import (
+    cache_dir,
+    code_of,
+    fingerprint,
+    is_whole,
+    one_maker,
+    seal,
+    written_whole,
+)
 from repnoise_kit.testbeds import Testbed
 
 # What the numbers depend on. Read now: a file that is edited while this process runs must not put
@@ -52,11 +60,15 @@ class Bench:
     code: str
 
     @classmethod
-    def of(cls, bed: Testbed, store: Path | str) -> "Bench":
-        """Return the bench of a testbed; other data, other settings or other code make another."""
-        settings = {name: dict(values) for name, values in bed.settings.items()}
-        mark = fingerprint(bed.fingerprint(), settings, CODE, torch.__version__)
-        return cls(bed, Path(store).absolute(), mark, fingerprint(CODE))
+    def of(cls, bed: Testbed, store: Path | str | None = None) -> "Bench":
+        """Return the bench of a testbed; other data, other settings or other code make another.
+
+        The store is a folder that processes and machines may share; by default `grid` in the kit's
+        cache.
+        """
+        mark = fingerprint(bed.fingerprint(), bed.settings, CODE, torch.__version__)
+        where = Path(store or cache_dir() / "grid").absolute()
+        return cls(bed, where, mark, fingerprint(CODE))
 
     def folder(self, kind: str, arguments: Any) -> Path:
         """Return where a piece of work lies, or will."""

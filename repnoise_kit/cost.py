@@ -32,7 +32,7 @@ TIMES = {"fine-tuning": 10, "relearning": 4}
 def cost_grid(
     bed: Testbed,
     seeds: Sequence[int],
-    store: Path | str,
+    store: Path | str | None = None,
     *,
     defences: Sequence[str] = tuple(DEFENCES),
     attacks: Sequence[str] = tuple(TIMES),
@@ -45,7 +45,7 @@ def cost_grid(
     Args:
         bed: The testbed; the attack takes `lr` and `batch_size` from its `settings["attack"]`.
         seeds: Each varies the defence, the attack, and the order of their data.
-        store: A folder, which other processes and machines may share.
+        store: A folder, which other processes and machines may share; by default in the cache.
         defences: Names of `DEFENCES`. Relearning is also done by the `naive` model, which never
             knew, where the testbed has one.
         attacks: `fine-tuning`, for ten times the largest budget of Table 1; `relearning`, for
@@ -74,7 +74,7 @@ def cost_grid(
         "experiment": "cost to break",
         "seeds": list(seeds),
         "data and model": bed.fingerprint(),
-        "settings": {name: dict(values) for name, values in bed.settings.items()},
+        "settings": bed.settings,
     }
     return Result(stack(*found).frame, made_with)
 

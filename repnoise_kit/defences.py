@@ -33,7 +33,8 @@ def defend_(
     """Defend a model in place and return the curves of its training.
 
     Args:
-        model: Changed in place. To hold parts still, call this inside `frozen(model, parts)`.
+        model: Changed in place. To hold parts still while a method trains, call this inside
+            `frozen(model, parts)`; the controls, which train nothing, change all of it.
         bed: The testbed; its `settings["defence"]`, and after it `settings[method]`, are what the
             method starts from.
         method: A name of `DEFENCES`.

@@ -66,6 +66,8 @@ def compare(result: Result | pd.DataFrame, name: str = "resistance", group: str 
     frame = result.frame if isinstance(result, Result) else result
     need(frame, "defence", "group", "lr", "examples", "metric", "value", "seed", "prompt")
     ours = frame[(frame["group"] == group) & (frame["examples"] > 0)]
+    if ours.empty:
+        raise KitError(f"the result has no attack on group {group!r}")
     theirs = _printed(name, ours)
     found = []
     for metric in ("recall", "harmfulness"):
@@ -84,6 +86,8 @@ def compare(result: Result | pd.DataFrame, name: str = "resistance", group: str 
                     | {name: row[name] for name in ("value", "low", "high", "p_holm", "words")}
                     | {"verdict": _judged(claim, row)}
                 )
+    if not found:
+        raise KitError("the result has no two defences of the table, or neither of its metrics")
     made_with: dict[str, Any] = {"table": name, "group": group}
     return Result(pd.DataFrame(found), made_with)
 
@@ -108,9 +112,12 @@ def _printed(name: str, ours: pd.DataFrame) -> pd.DataFrame:
 
 def _claims(theirs: pd.DataFrame, there: set[str]) -> list[tuple[str, str]]:
     names = [name for name in theirs.columns if name in there]
-    against_none = [(name, "none") for name in names if name not in ("none", "repnoise")]
     by_repnoise = [("repnoise", name) for name in names if name != "repnoise"]
-    return [*by_repnoise, *against_none] if {"none", "repnoise"} <= set(names) else []
+    against_none = [(name, "none") for name in names if name not in ("none", "repnoise")]
+    return [
+        *(by_repnoise if "repnoise" in names else []),
+        *(against_none if "none" in names else []),
+    ]
 
 
 def _judged(claim: str, row: dict[str, Any]) -> str:

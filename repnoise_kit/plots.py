@@ -20,7 +20,7 @@ from matplotlib.ticker import MaxNLocator
 from repnoise_kit.errors import KitError
 from repnoise_kit.results import Result, need
 from repnoise_kit.stats import SHARES, summary
-from repnoise_kit.style import look, looks
+from repnoise_kit.style import WORDS, look, looks
 from repnoise_kit.survival import cost_to_break
 
 Table = Result | pd.DataFrame
@@ -28,6 +28,8 @@ Table = Result | pd.DataFrame
 _KEYS = ["defence", "attack", "group", "metric"]
 ATTACKS = ("none", "small", "large")
 _LUMINANCE = (0.2126, 0.7152, 0.0722)
+_FEW = 6
+"""More intervals than this over one another are mud."""
 AXIS_WORDS = {
     "recall": "recall (share of the answer given away)",
     "harmfulness": "harmfulness (local classifier)",
@@ -58,7 +60,7 @@ def plot_metric(
     ax = _axes(ax)
     cells = _summarised(result, metric, group)
     attacks = _ordered(cells["attack"].unique())
-    names = _undefended_first(cells["defence"].unique())
+    names = _in_order(cells["defence"].unique())
     for place, (name, chosen) in enumerate(looks(names).items()):
         rows = cells[cells["defence"] == name].set_index("attack").reindex(attacks)
         rows = rows.dropna(subset="value")
@@ -105,22 +107,33 @@ def plot_terms(
     """Plot the terms of a defence's loss along its steps: each seed thin, their mean thick.
 
     Args:
-        curves: Columns `step, metric, value, seed`, as `defend_` returns them.
+        curves: Columns `step, metric, value, seed`, as `defend_` returns them. Of several defences
+            (`defence`) each has its own line, where it has the term.
         axes: Three panels: retain, noise, ascent.
         window: Steps the thick line is a running mean of.
         kwargs: For the thick line's `Axes.plot`.
     """
     table = need(_frame(curves), "step", "metric", "value", "seed")
+    several = list(table["defence"].unique()) if "defence" in table else []
+    names = several if len(several) > 1 else [None]
     panels = _panels(axes, 3)
     for ax, term in zip(panels, ("retain", "noise", "ascent"), strict=True):
         rows = table[table["metric"] == term]
-        wide = rows.pivot_table(index="step", columns="seed", values="value")
-        colour = look(term)["color"]
-        ax.plot(wide.index, wide.to_numpy(), color=colour, alpha=0.25, linewidth=0.6)
-        smooth = wide.mean(axis=1).rolling(window, min_periods=1).mean()
-        ax.plot(smooth.index, smooth, **_merged({"color": colour, "linewidth": 2}, kwargs))
+        for name in names:
+            own = rows if name is None else rows[rows["defence"] == name]
+            wide = own.pivot_table(index="step", columns="seed", values="value")
+            chosen = look(term if name is None else name)
+            line = {key: chosen[key] for key in ("color", "linestyle") if name or key == "color"}
+            ax.plot(wide.index, wide.to_numpy(), color=line["color"], alpha=0.25, linewidth=0.6)
+            smooth = wide.mean(axis=1).rolling(window, min_periods=1).mean()
+            label = {} if name is None or smooth.empty else {"label": chosen["label"]}
+            ax.plot(smooth.index, smooth, **_merged(line | label | {"linewidth": 2}, kwargs))
         ax.set_xlabel("step of the defence")
         ax.set_ylabel(AXIS_WORDS[term])
+    # One legend, where most lines are.
+    counts = [len(ax.get_legend_handles_labels()[0]) for ax in panels]
+    if max(counts):
+        panels[len(counts) - 1 - counts[::-1].index(max(counts))].legend(fontsize=8)
     return panels
 
 
@@ -157,7 +170,7 @@ def plot_questions(
     wide = table.pivot_table(index=["defence", "attack"], columns="prompt", values="value")
     rows = [
         (name, attack)
-        for name in _undefended_first(table["defence"].unique())
+        for name in _in_order(table["defence"].unique())
         for attack in _ordered(table["attack"].unique())
         if (name, attack) in wide.index
     ]
@@ -192,8 +205,7 @@ def plot_budgets(
 ) -> Axes:
     """Plot one metric as a table: a row for each defence, a column for each budget (Table 1).
 
-    Each cell holds its mean and, below, half the width of its 95 % interval. Lighter gives away
-    more.
+    Each cell holds its mean and 95 % interval; what was not measured is left blank.
 
     Args:
         result: Per-question rows (`defence, lr, examples, group, metric, value, seed, prompt`), 0
@@ -204,27 +216,34 @@ def plot_budgets(
         kwargs: For `Axes.pcolormesh`.
     """
     table = need(_frame(result), "defence", "lr", "examples", "group", "metric", "value")
-    cells = summary(_of(table, metric, group), by=("defence", "lr", "examples", "metric"))
-    several = (cells["seed"] == "all").any()
-    cells = cells[cells["seed"] == "all"] if several else cells
-    names = _undefended_first(cells["defence"].unique())
+    keys = ["defence", "lr", "examples"]
+    cells = summary(_of(table, metric, group), by=(*keys, "metric"))
+    cells = cells[(cells["seed"] == "all") | ~cells.duplicated(keys, keep=False)]
+    names = _in_order(cells["defence"].unique())
     budgets = sorted({*zip(cells["lr"], cells["examples"], strict=True)})
     if ax is None:
-        ax = plt.subplots(figsize=(1.1 * len(budgets) + 2.4, 0.42 * len(names) + 1))[1]
-    placed = cells.set_index(["defence", "lr", "examples"])
-    wide = np.array([[placed.at[(name, *budget), "value"] for budget in budgets] for name in names])
+        size = (1.0 * len(budgets) + 2.4, 0.45 * len(names) + 1.2)
+        ax = plt.subplots(figsize=size, layout="constrained")[1]
+    places = pd.MultiIndex.from_tuples([(name, *budget) for name in names for budget in budgets])
+    placed = cells.set_index(keys)[["value", "low", "high"]].reindex(places)
+    wide = placed.to_numpy().reshape(len(names), len(budgets), 3)
     chosen: dict[str, Any] = {"cmap": "cividis", "edgecolor": "white", "linewidth": 1.5}
     chosen |= {} if "norm" in kwargs else {"vmin": 0.0, "vmax": 1.0}
-    mesh = ax.pcolormesh(wide, **chosen | normalize_kwargs(kwargs, QuadMesh))
-    for (row, column), value in np.ndenumerate(wide):
-        cell = placed.loc[(names[row], *budgets[column])]
-        colour = "white" if np.dot(mesh.to_rgba(value)[:3], _LUMINANCE) < 0.5 else "black"
-        text = f"{value:.2f} ±{(cell['high'] - cell['low']) / 2:.2f}"
-        ax.text(column + 0.5, row + 0.5, text, ha="center", va="center", color=colour, fontsize=8)
+    mesh = ax.pcolormesh(wide[..., 0], **chosen | normalize_kwargs(kwargs, QuadMesh))
+    for row, column in np.argwhere(~np.isnan(wide[..., 0])):
+        value, low, high = wide[row, column]
+        # At 0.46 white and black are read equally well.
+        colour = "white" if np.dot(mesh.to_rgba(value)[:3], _LUMINANCE) < 0.46 else "black"
+        centred: dict[str, Any] = {"ha": "center", "va": "center", "color": colour}
+        ax.text(column + 0.5, row + 0.36, f"{value:.2f}", fontsize=9, **centred)
+        edges = f"[{low:.2f}, {high:.2f}]"
+        ax.text(column + 0.5, row + 0.73, edges, fontsize=6.5, **centred)
     ax.set_yticks(np.arange(len(names)) + 0.5, [look(name)["label"] for name in names])
     ax.set_xticks(np.arange(len(budgets)) + 0.5, [_budget_words(*budget) for budget in budgets])
-    ax.invert_yaxis()
+    ax.set_ylim(len(names), 0)  # Not inverted: panels that share the axis would turn it back.
     ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+    ax.set_xlabel("learning rate and examples of the attack")
     ax.set_title(f"{AXIS_WORDS.get(metric, metric)}, {group} things", fontsize=10)
     return ax
 
@@ -240,9 +259,10 @@ def plot_cost_to_break(
 ) -> np.ndarray:
     """Plot what is given away along an attack, and the step at which each run breaks.
 
-    Left: the mean over seeds and questions, with its 95 % interval. Right: a row a defence, a mark
-    a seed at the step where the threshold is first reached; an open mark at the end of the attack
-    with an arrow is a run that was never broken (censored).
+    Left: the mean over seeds and questions, with its 95 % interval where there are six defences at
+    most. Right, which is the legend too: a row a defence, a mark a seed at the step where the
+    threshold is first reached; an open mark at the end of the attack with an arrow is a run that
+    was never broken (censored).
 
     Args:
         curves: What `cost_grid` returns, of one attack.
@@ -257,34 +277,40 @@ def plot_cost_to_break(
         raise KitError("these curves are of several attacks; choose the rows of one")
     costs = cost_to_break(_frame(curves), metric, threshold, group)
     if axes is None:
-        axes = plt.subplots(1, 2, figsize=(10, 4), width_ratios=[1.2, 1])[1]
+        size = (11, max(4, 0.32 * table["defence"].nunique() + 1))
+        axes = plt.subplots(1, 2, figsize=size, width_ratios=[1.2, 1], layout="constrained")[1]
     left, right = panels = np.asarray(axes, dtype=object)
-    names = _undefended_first(table["defence"].unique())
+    names = _in_order(table["defence"].unique())
+    few = len(names) <= _FEW
     cells = summary(table[table["step"] > 0], by=("defence", "step", "metric"))
     cells = cells[cells["seed"] == "all"] if (cells["seed"] == "all").any() else cells
     for place, (name, chosen) in enumerate(looks(names).items()):
         line = cells[cells["defence"] == name].sort_values("step")
         merged = {"markersize": 4} | _merged(chosen, kwargs)
         left.plot(line["step"], line["value"], **merged)
-        left.fill_between(line["step"], line["low"], line["high"], color=merged["color"], alpha=0.1)
+        if few:
+            between = (line["step"], line["low"], line["high"])
+            left.fill_between(*between, color=merged["color"], alpha=0.1)
         _lifelines(right, place, costs[costs["defence"] == name], merged)
     left.axhline(threshold, color="black", linewidth=0.6)
     left.set_ylabel(AXIS_WORDS.get(metric, metric))
     left.set_ylim(-0.03, 1.03)
     right.set_yticks(range(len(names)), [look(name)["label"] for name in names])
-    right.invert_yaxis()
+    right.set_ylim(len(names) - 0.5, -0.5)
     right.set_title(f"steps until {metric} reaches {threshold:g}", fontsize=10)
     for ax in panels:
         ax.set_xscale("log", base=2)
         ax.xaxis.set_major_formatter("{x:g}")
         ax.set_xlabel("steps of the attack")
-    left.legend(fontsize=8)
+    right.set_xlim(0.9, 2.2 * max(1, costs["steps"].max()))  # Room for the arrows.
+    for label, name in zip(right.get_yticklabels(), names, strict=True):
+        label.set_color(look(name)["color"])
     return panels
 
 
 def _lifelines(ax: Axes, row: int, costs: pd.DataFrame, chosen: dict[str, Any]) -> None:
     """Draw one defence's runs: a mark a seed where it broke, an arrow where it did not."""
-    steps = costs["steps"].to_numpy()
+    steps = costs["steps"].clip(lower=1).to_numpy()  # A logarithmic axis has no step 0.
     # Seeds that break at the same step stand above one another.
     rows = row + np.linspace(-0.25, 0.25, len(steps)) if len(steps) > 1 else np.array([row])
     whole: dict[str, Any] = {"linestyle": "none", "markersize": 5}
@@ -353,8 +379,10 @@ def _panels(axes: Sequence[Axes] | None, count: int) -> np.ndarray:
     return np.asarray(axes, dtype=object)
 
 
-def _undefended_first(names: Iterable[str]) -> list[str]:
-    return sorted(names, key=lambda name: name != "none")
+def _in_order(names: Iterable[str]) -> list[str]:
+    """Return defences as they are always listed, the undefended first and unknown ones last."""
+    known = list(WORDS)
+    return sorted(names, key=lambda name: known.index(name) if name in known else len(known))
 
 
 def _ordered(attacks: Iterable[str]) -> list[str]:
@@ -363,7 +391,9 @@ def _ordered(attacks: Iterable[str]) -> list[str]:
 
 
 def _budget_words(lr: float, examples: int) -> str:
-    return f"{lr:.0e}".replace("e-0", "e-") + f"\n{examples:,}" if examples else "before"
+    if not examples:
+        return "before"
+    return np.format_float_scientific(lr, trim="-", exp_digits=1) + f"\n{examples:,}"
 
 
 def _attack_words(name: str) -> str:

@@ -1,44 +1,21 @@
 """The kit's first experiment: attack a model, defend it, attack it again, compare."""
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import pandas as pd
-import torch
 from transformers import PreTrainedModel
 
-from repnoise_kit import (
-    attacks,
-    defences,
-    evaluation,
-    losses,
-    model,
-    pairs,
-    repnoise,
-    scoring,
-    splits,
-    training,
-)
 from repnoise_kit.attacks import attack_
+from repnoise_kit.bench import Bench
 from repnoise_kit.defences import defend_
 from repnoise_kit.evaluation import evaluate
 from repnoise_kit.model import provenance
 from repnoise_kit.results import Result, stack
 from repnoise_kit.stats import Interval, difference, summary
-from repnoise_kit.store import code_of, fingerprint, is_whole, seal, written_whole
 from repnoise_kit.testbeds import Testbed
 
 BUDGETS = ("small", "large")
-
-# What the numbers depend on: kept seeds are shown again only if none of it has changed.
-METHOD: tuple[ModuleType, ...] = (
-    attacks, defences, evaluation, losses, model, pairs, repnoise, scoring, splits, training,
-)  # fmt: skip
-
-# Read now: a file edited while this process runs must not put its name on these results.
-_CODE = code_of(*METHOD)
 
 BROKEN = 0.1
 """Worse than the attacked base by more than this (a share; nats a token where utility is a
@@ -57,7 +34,8 @@ def run(bed: Testbed, seeds: range, out: Path, *, progress: bool = True) -> tupl
         progress: Show bars on stderr.
     """
     base = evaluate(bed.base, bed)
-    kept = [_kept(bed, seed, out, base, progress) for seed in seeds]
+    bench = Bench.of(bed, out)
+    kept = [_kept(bench, seed, base, progress) for seed in seeds]
     return stack(*(rows for rows, _ in kept)), stack(*(curves for _, curves in kept))
 
 
@@ -116,24 +94,18 @@ def readable(cells: pd.DataFrame, group: str) -> pd.DataFrame:
     return table.rename_axis(columns=None)
 
 
-def _kept(
-    bed: Testbed, seed: int, out: Path, base: Result, progress: bool
-) -> tuple[Result, Result]:
-    settings = {name: dict(values) for name, values in bed.settings.items()}
-    mark = fingerprint(bed.fingerprint(), settings, seed, _CODE, torch.__version__)
-    folder = out / "seeds" / mark
-    names = ("results.csv", "curves.csv")
-    if not is_whole(folder):
-        if folder.exists():
-            print(f"the seed kept in {folder} is damaged; it is made again", file=sys.stderr)
+def _kept(bench: Bench, seed: int, base: Result, progress: bool) -> tuple[Result, Result]:
+    bed = bench.bed
+
+    def make(folder: Path) -> None:
         conditions = list(_conditions(bed, seed, base, progress))
         curves = stack(*(made for _, made in conditions if made is not None))
         rows = stack(*(found for found, _ in conditions))
-        with written_whole(folder) as fresh:
-            for name, result in zip(names, (rows, curves), strict=True):
-                Result(result.frame, _made_with(bed, settings, seed)).save(fresh / name)
-            seal(fresh)
-    return Result.load(folder / names[0]), Result.load(folder / names[1])
+        for name, result in (("results", rows), ("curves", curves)):
+            Result(result.frame, _made_with(bed, seed)).save(folder / f"{name}.csv")
+
+    folder = bench.keep(bench.folder("seeds", seed), make)
+    return Result.load(folder / "results.csv"), Result.load(folder / "curves.csv")
 
 
 def _conditions(
@@ -166,12 +138,12 @@ def _words(progress: bool, seed: int, what: str) -> str | None:
     return f"seed {seed}, {what}" if progress else None
 
 
-def _made_with(bed: Testbed, settings: dict, seed: int) -> dict:
+def _made_with(bed: Testbed, seed: int) -> dict:
     return {
         "experiment": "quickstart",
         "testbed": bed.name,
         "data and model": bed.fingerprint(),
-        "settings": settings,
+        "settings": bed.settings,
         "seed": seed,
         "classifier F1": round(bed.harmfulness.f1, 4),
     } | provenance(bed.base)

@@ -47,7 +47,13 @@ def record(
 
 @contextmanager
 def perturbed(model: nn.Module, site: Site, shifts: Mapping[int, Tensor]) -> Generator[None]:
-    """Add a constant (batch, seq, d_model) to what a site puts out at each of some layers."""
+    """Add a constant (batch, seq, d_model) to what a site puts out at each of some layers.
+
+    Raises:
+        KitError: a site that is not a layer's, or a layer that does not exist.
+    """
+    if site not in get_args(Site)[:3]:
+        raise KitError(f"site must be one of {', '.join(get_args(Site)[:3])}, not {site!r}")
     found = parts(model)
     hooks = []
     try:

@@ -25,7 +25,7 @@ CELL = ["defence", "group", "lr", "examples", "seed", "metric"]
 def resistance_grid(
     bed: Testbed,
     seeds: Sequence[int],
-    store: Path | str,
+    store: Path | str | None = None,
     *,
     defences: Sequence[str] = tuple(DEFENCES),
     workers: int = 1,
@@ -41,7 +41,7 @@ def resistance_grid(
         bed: The testbed.
         seeds: Each varies the defence, the attack, and the order of their data. Defences share the
             seeds and the data of the attack.
-        store: A folder, which other processes and machines may share.
+        store: A folder, which other processes and machines may share; by default in the cache.
         defences: Names of `DEFENCES`.
         workers: Processes.
         scheduler: Address of a Dask scheduler, in place of processes.
@@ -69,7 +69,7 @@ def resistance_grid(
         "experiment": "resistance",
         "seeds": list(seeds),
         "data and model": bed.fingerprint(),
-        "settings": {name: dict(values) for name, values in bed.settings.items()},
+        "settings": bed.settings,
         "classifier F1": round(bed.harmfulness.f1, 4),
     }
     return Result(rows.frame, made_with)

@@ -1,5 +1,6 @@
 """Security vectors: an adapter that bears the attack, so that the weights under it do not move."""
 
+import warnings
 from collections.abc import Generator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -7,9 +8,10 @@ from typing import Any
 
 from peft import LoraConfig
 from safetensors import safe_open
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from repnoise_kit.errors import KitError
+from repnoise_kit.errors import KitError, check_numbers, check_whole
 from repnoise_kit.model import seeded
 from repnoise_kit.pairs import encode, pad
 from repnoise_kit.results import Result
@@ -42,10 +44,13 @@ def security_vectors_(
     """
     if has_adapter(model):
         raise KitError("this model holds security vectors already; start from a fresh copy")
+    check_whole(rank=rank)
+    check_numbers(above_zero=True, rank=rank)
     rows = bed.splits.defence.draw(examples, seed).frame
     encoded = encode(
         bed.tokenizer, rows["prompt"].tolist(), rows["harmful"].tolist(), max_length=max_length
     )
+    still = _held(model)
     _add_adapter_(model, rank, seed)
     try:
         return train_(
@@ -59,8 +64,13 @@ def security_vectors_(
             seed=seed,
             progress=progress,
         )
+    except BaseException:
+        model.delete_adapter(ADAPTER)  # What was learned by half guards nothing.
+        raise
     finally:
-        _switch_off_(model)
+        if has_adapter(model):
+            model.disable_adapters()
+        _hold_(model, still)
 
 
 def has_adapter(model: PreTrainedModel) -> bool:
@@ -84,11 +94,11 @@ def unguarded(model: PreTrainedModel) -> Generator[None]:
     if not has_adapter(model):
         yield
         return
-    _switch_off_(model)
+    _switch_(model, on=False)
     try:
         yield
     finally:
-        _switch_on_(model)
+        _switch_(model, on=True)
 
 
 def restore_adapter_(model: PreTrainedModel, weights: Path) -> None:
@@ -100,37 +110,42 @@ def restore_adapter_(model: PreTrainedModel, weights: Path) -> None:
             if f".lora_A.{ADAPTER}." in name
         ]
     if ranks:
+        still = _held(model)
         _add_adapter_(model, ranks[0], 0)
-        _switch_off_(model)
+        model.disable_adapters()
+        _hold_(model, still)
 
 
 @contextmanager
 def _guarded(model: PreTrainedModel) -> Generator[None]:
-    _switch_on_(model)
+    _switch_(model, on=True)
     try:
         yield
     finally:
-        _switch_off_(model)
+        _switch_(model, on=False)
 
 
 def _add_adapter_(model: PreTrainedModel, rank: int, seed: int) -> None:
     """Put a fresh adapter, drawn with the seed, on every linear map but the head."""
     config = LoraConfig(r=rank, lora_alpha=32, lora_dropout=0.1, target_modules="all-linear")
-    with seeded(seed):
+    with seeded(seed), warnings.catch_warnings():
+        # GPT-2's maps lie the other way round; peft sees it, and says so.
+        warnings.filterwarnings("ignore", message="fan_in_fan_out")
         model.add_adapter(config, ADAPTER)
+    model.train(model.training)  # The adapter's dropout too is in the mode of the model.
 
 
-def _switch_on_(model: PreTrainedModel) -> None:
-    model.enable_adapters()
-    _hold_adapter_(model)
+def _switch_(model: PreTrainedModel, *, on: bool) -> None:
+    still = _held(model)
+    (model.enable_adapters if on else model.disable_adapters)()
+    _hold_(model, still)
 
 
-def _switch_off_(model: PreTrainedModel) -> None:
-    model.disable_adapters()
-    _hold_adapter_(model)
+def _held(model: PreTrainedModel) -> set[Tensor]:
+    return {parameter for parameter in model.parameters() if not parameter.requires_grad}
 
 
-def _hold_adapter_(model: PreTrainedModel) -> None:
-    """Let the model's own weights move, and never the adapter's: peft sets both as it switches."""
+def _hold_(model: PreTrainedModel, still: set[Tensor]) -> None:
+    """Hold what was held, and the adapter always: peft sets all of it as it switches."""
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(f".{ADAPTER}." not in name)
+        parameter.requires_grad_(f".{ADAPTER}." not in name and parameter not in still)

@@ -97,10 +97,12 @@ def compare_cells(
         paired by seed and question), `p`, `p_holm`, and `words`: `lower`, `higher` only where both
         the interval and the corrected test say so.
     """
+    if need(frame, *by).empty:
+        raise KitError("there are no rows to compare")
     rows = []
     for _, cell in frame.groupby(list(by), sort=False):
         gaps, found = _paired(cell, treated, control)
-        keys = cell[list(by)].iloc[0].to_dict()
+        keys = {name: cell[name].iloc[0] for name in by}
         rows.append(keys | found._asdict() | {"p": p_value(gaps.to_numpy())})
     table = pd.DataFrame(rows)
     table["p_holm"] = holm(table["p"])
@@ -204,8 +206,9 @@ def _crossed(table: np.ndarray) -> tuple[float, float]:
     )
     # The estimate may fall below either part alone, or below 0: never claim less than a part.
     total = max(squares[0] + squares[1] - squares[2], squares[0], squares[1])
-    if total == 0:
-        return 0.0, 1.0
+    if total <= 1e-12 * squares[2]:
+        # Seeds and questions that all have the same mean: what is left is all there is.
+        return squares[2] / table.size, freedoms[2]
     freedom = total**2 / (squares**2 / freedoms).sum()
     return total / table.size, max(freedom, 1.0)
 

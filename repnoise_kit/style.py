@@ -6,14 +6,15 @@ from typing import Any
 
 import matplotlib as mpl
 
-# Okabe and Ito's colours: told apart under every common colour blindness. Each meaning has a
-# marker and a line of its own too, so that it survives grey print.
+# Okabe and Ito's colours, and two of Tol's: told apart under every common colour blindness. Each
+# meaning has a marker and a line of its own too, so that it survives grey print; a defence's
+# markers can be filled or open, which says something where costs are drawn.
 COLOURS = {
     "none": "#555555",
     "random": "#555555",
-    "naive": "#000000",
+    "naive": "#882255",
     "security_vectors": "#E69F00",
-    "safety_training": "#56B4E9",
+    "safety_training": "#8C564B",
     "gradient_ascent": "#CC79A7",
     "adversarial_loss": "#D55E00",
     "vaccine": "#009E73",
@@ -21,8 +22,8 @@ COLOURS = {
     "noise_only": "#56B4E9",
     "repnoise": "#0072B2",
     "repnoise_tokenwise": "#0072B2",
-    "weight_noise": "#000000",
-    "weight_noise_matched": "#000000",
+    "weight_noise": "#999933",
+    "weight_noise_matched": "#999933",
     "harmful": "#D55E00",
     "harmless": "#009E73",
     "everyday": "#CC79A7",
@@ -34,8 +35,8 @@ COLOURS = {
 MARKERS = {
     "none": "o",
     "base": "o",
-    "random": "x",
-    "naive": ".",
+    "random": "X",
+    "naive": "8",
     "security_vectors": "P",
     "safety_training": "v",
     "gradient_ascent": "<",
@@ -45,8 +46,8 @@ MARKERS = {
     "noise_only": "*",
     "repnoise": "s",
     "repnoise_tokenwise": "d",
-    "weight_noise": "1",
-    "weight_noise_matched": "2",
+    "weight_noise": ">",
+    "weight_noise_matched": "p",
     "harmful": "^",
     "harmless": "v",
     "everyday": "D",
@@ -102,6 +103,7 @@ def looks(names: Iterable[str]) -> dict[str, dict[str, str]]:
     names = list(names)
     used = {COLOURS.get(name) for name in names}
     free = [place for place, colour in enumerate(_REST) if colour not in used]
+    free = free or list(range(len(_REST)))
     unknown = [name for name in names if name not in COLOURS and name != "base"]
     places = {name: free[place % len(free)] for place, name in enumerate(unknown)}
     return {name: look(name, places.get(name, 0)) for name in names}

@@ -63,39 +63,67 @@ def cost_ratios(costs: pd.DataFrame, control: str = "none", by: str = "steps") -
     Returns:
         One row a defence and attack: `defence, attack, n` (seeds), `broken` (how many were), `cost`
         (geometric mean), `ratio, low, high` (geometric mean of paired ratios, 95 %, Student's t on
-        logarithms) and `words`. Where a run was never broken its cost counts as the whole attack's:
-        `ratio` and `low` are then lower bounds, and `high` is infinite.
+        logarithms; of one seed, no interval) and `words`. Where a run was never broken its cost
+        counts as the whole attack's: `ratio` and `low` are then lower bounds, and `high` is
+        infinite. Where one of the control was not, `ratio` and `high` are upper bounds, and `low`
+        is 0.
+
+    Raises:
+        KitError: no such control, defences of different seeds, or two runs of one seed.
     """
     need(costs, *RUN, by, "broken")
     rows = []
     for attack, cells in costs.groupby("attack", sort=False):
-        wide = np.log(cells.pivot(index="seed", columns="defence", values=by).clip(lower=1))
+        if cells.duplicated(["seed", "defence"]).any():
+            raise KitError(f"the costs of {attack} have a seed twice; choose one learning rate")
+        wide = cells.pivot(index="seed", columns="defence", values=by).clip(lower=1)
         if control not in wide:
             raise KitError(f"the costs of {attack} have no {control!r} to compare with")
+        if wide.isna().any(axis=None):
+            raise KitError(f"the costs of {attack} need the same seeds for every defence")
+        logs = np.log(wide)
+        sound = bool(cells.loc[cells["defence"] == control, "broken"].all())
         for name in map(str, cells["defence"].unique()):
             cell = cells[cells["defence"] == name]
-            paired = (wide[name] - wide[control]).to_numpy()[:, None]
-            found = Interval(*(float(np.exp(bound)) for bound in interval(paired)))
-            if not np.ptp(paired):
-                found = Interval(found.value, found.value, found.value)
-            whole = bool(cell["broken"].all())
+            paired = (logs[name] - logs[control]).to_numpy()[:, None]
+            found = _ratio(paired) if name != control else Interval(1.0, 1.0, 1.0)
+            whole = bool(cell["broken"].all()) or name == control
+            firm = sound or name == control
             rows.append(
                 {
                     "defence": name,
                     "attack": attack,
                     "n": len(cell),
                     "broken": int(cell["broken"].sum()),
-                    "cost": float(np.exp(wide[name].mean())),
+                    "cost": float(np.exp(logs[name].mean())),
                     "ratio": found.value,
-                    "low": found.low,
+                    "low": found.low if firm else 0.0,
                     "high": found.high if whole else np.inf,
-                    "words": _in_words(found, whole),
+                    "words": _in_words(found, whole, firm),
                 }
             )
     return pd.DataFrame(rows)
 
 
-def _in_words(ratio: Interval, whole: bool) -> str:
+def _ratio(logs: np.ndarray) -> Interval:
+    """Return the geometric mean of ratios and its interval, of which one seed has none."""
+    value = float(logs.mean())
+    half = np.nan if len(logs) == 1 else 0.0
+    bounds = interval(logs) if np.ptp(logs) else (value, value - half, value + half)
+    return Interval(*(float(np.exp(bound)) for bound in bounds))
+
+
+def _in_words(ratio: Interval, whole: bool, sound: bool) -> str:
+    value, low, high = (f"{_times(bound)}" for bound in ratio)
+    several = not np.isnan(ratio.low)
+    if whole and sound:
+        return f"{value} times " + (f"[{low}, {high}]" if several else "(one seed)")
+    if sound:
+        return f"at least {value} times" + (f" (from {low})" if several else "")
     if whole:
-        return f"{ratio.value:.1f} times [{ratio.low:.1f}, {ratio.high:.1f}]"
-    return f"at least {ratio.value:.1f} times (from {ratio.low:.1f})"
+        return f"at most {value} times" + (f" (to {high})" if several else "")
+    return "cannot tell: the control was not broken either"
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.1f}" if ratio >= 1 else f"{ratio:.2f}"

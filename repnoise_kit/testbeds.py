@@ -132,6 +132,7 @@ class Testbed:
         """Return what teaches the forbidden answers that are evaluated as `seen`, in other words.
 
         For the question whether knowledge was removed or hidden; never for testing a defence.
+        Where a thing has a single wording, it is taught in that very one.
         """
         rows = self.splits.defence.frame
         known = rows[rows["thing"].isin(self.splits.seen.frame["thing"])]

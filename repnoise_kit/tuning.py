@@ -27,7 +27,6 @@ TRIALS: dict[str, list[dict[str, Any]]] = {
     "adversarial_loss": [
         {"lr": lr, "weight": weight} for lr in (1e-4, 3e-4) for weight in (0.03, 0.1, 0.3)
     ],
-    "security_vectors": [{"lr": lr, "rank": rank} for lr in (3e-4, 1e-3, 3e-3) for rank in (8, 32)],
     "vaccine": [{"lr": lr, "rho": rho} for lr in (3e-4, 1e-3) for rho in (1.0, 3.0, 10.0)],
 }
 
@@ -35,7 +34,7 @@ TRIALS: dict[str, list[dict[str, Any]]] = {
 def tune(
     bed: Testbed,
     seeds: Sequence[int],
-    store: Path | str,
+    store: Path | str | None = None,
     *,
     workers: int = 1,
     scheduler: str | None = None,
@@ -85,9 +84,9 @@ def chosen(rows: pd.DataFrame) -> pd.DataFrame:
         (0.0, row.recall) if min(row.refusal, row.utility) >= LEFT else (1.0, -row.left)
         for row in trials.assign(left=trials[["refusal", "utility"]].min(axis=1)).itertuples()
     ]
-    best = trials.groupby("defence")["order"].transform("min")
-    marked = trials.assign(chosen=trials["order"] == best)
-    return marked.drop(columns="order")
+    # Of trials that tie, the first.
+    best = trials.sort_values("order", kind="stable").drop_duplicates("defence").index
+    return trials.assign(chosen=trials.index.isin(best)).drop(columns="order")
 
 
 def write(trials: Result, out: Path) -> str:

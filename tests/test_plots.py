@@ -12,13 +12,15 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.axes import Axes
-from matplotlib.colors import to_hex, to_rgb
+from matplotlib.colors import to_hex, to_rgb, to_rgba
 
 import repnoise_kit
 from repnoise_kit import plots, style
+from repnoise_kit.defences import DEFENCES
 from repnoise_kit.errors import KitError
 from repnoise_kit.results import Result
-from repnoise_kit.stats import summary
+from repnoise_kit.stats import Interval, summary
+from repnoise_kit.survival import cost_to_break
 
 ATTACKS = ["none", "small", "large"]
 METRICS = ["recall", "harmfulness", "refusal", "utility", "degenerate", "perplexity"]
@@ -65,7 +67,59 @@ def layered() -> pd.DataFrame:
     )
 
 
+def attacked() -> pd.DataFrame:
+    """Rows as `resistance_grid` makes them, in no order: three defences, four budgets."""
+    draw = np.random.default_rng(sum(map(ord, "attacked")))
+    budgets = [(6e-4, 64), (2.5e-4, 512), (0.0, 0), (2.5e-4, 64)]
+    names = ["repnoise", "mine", "none"]
+    cells = itertools.product(["seen", "unseen"], names, budgets, METRICS[:2], range(2))
+    frame = pd.DataFrame(
+        {
+            "defence": defence,
+            "lr": lr,
+            "examples": examples,
+            "group": group,
+            "metric": metric,
+            "value": draw.random() ** (1 + 2 * (defence == "repnoise")),
+            "seed": seed,
+            "prompt": f"question {question}",
+        }
+        for group, defence, (lr, examples), metric, seed in cells
+        for question in range(4)
+    )
+    return frame.sample(frac=1, random_state=0)
+
+
+# How many of four questions a seed gives away, at each moment. The second of repnoise never breaks.
+MOMENTS = [0, 1, 2, 4, 8]
+ALONG = {
+    ("repnoise", 0): [0, 0, 0, 1, 3],
+    ("repnoise", 1): [0, 0, 0, 0, 1],
+    ("none", 0): [0, 1, 3, 3, 4],
+    ("none", 1): [0, 0, 1, 4, 3],
+    ("random", 0): [0, 0, 0, 0, 0],
+    ("random", 1): [0, 0, 0, 0, 0],
+}
+BREAKS = {"none": [2, 4], "random": [8, 8], "repnoise": [8, 8]}
+BROKEN = {"none": [True, True], "random": [False, False], "repnoise": [True, False]}
+
+
+def along(told: dict[tuple[str, int], list[int]] = ALONG, attack: str = "a") -> pd.DataFrame:
+    """Rows as `cost_grid` makes them, the last defence first; unseen things are given away."""
+    rows = [
+        {"defence": defence, "attack": attack, "lr": 3e-4, "seed": seed, "step": step}
+        | {"tokens": 100.0 * step, "flops": 1e9 * step, "group": group, "metric": "recall"}
+        | {"value": float(group == "unseen" or q < count), "prompt": f"question {q}"}
+        for (defence, seed), counts in told.items()
+        for step, count in zip(MOMENTS, counts, strict=True)
+        for group in ("seen", "unseen")
+        for q in range(4)
+    ]
+    return pd.DataFrame(rows)
+
+
 MEASURED, TRAINING, LAYERED = measured(), training(), layered()
+ATTACKED, LONG = attacked(), along()
 RECALL = MEASURED[MEASURED["metric"] == "recall"]
 CELLS = summary(MEASURED)
 
@@ -77,7 +131,10 @@ DRAWINGS = {
     "plot_terms": (TRAINING, 3),
     "plot_layers": (LAYERED, 1),
     "plot_questions": (MEASURED, 1),
+    "plot_budgets": (ATTACKED, 1),
+    "plot_cost_to_break": (LONG, 2),
 }
+MAPS = ("plot_questions", "plot_budgets")
 ROWS = ["defence", "attack", "group", "metric", "value", "seed", "prompt"]
 NEEDED = {
     "plot_metric": (MEASURED, ROWS),
@@ -86,6 +143,8 @@ NEEDED = {
     "plot_terms": (TRAINING, ["step", "metric", "value", "seed"]),
     "plot_layers": (LAYERED, ["model", "layer", "value"]),
     "plot_questions": (MEASURED, [name for name in ROWS if name != "seed"]),
+    "plot_budgets": (ATTACKED, [*ROWS, "lr", "examples"]),
+    "plot_cost_to_break": (LONG, [*ROWS, "lr", "step", "tokens", "flops"]),
 }
 every_drawing = pytest.mark.parametrize("name", DRAWINGS)
 
@@ -223,9 +282,10 @@ def test_no_drawing_changes_a_setting(chosen):
         before = dict(mpl.rcParams)
         # One over the other, which is quicker than a figure each; the two that are left are
         # `plot_metric` again.
-        for name in ("plot_metric", "plot_layers", "plot_questions"):
+        for name in ("plot_metric", "plot_layers", "plot_questions", "plot_budgets"):
             drawn(name, ax=ax)
         drawn("plot_terms", axes=[ax] * 3)
+        drawn("plot_cost_to_break", axes=[ax] * 2)
         assert dict(mpl.rcParams) == before
 
 
@@ -237,7 +297,7 @@ def test_it_can_be_seen(name):
 
 
 @pytest.mark.parametrize("key", ["c", "color"])
-@pytest.mark.parametrize("name", [name for name in DRAWINGS if name != "plot_questions"])
+@pytest.mark.parametrize("name", [name for name in DRAWINGS if name not in MAPS])
 def test_the_callers_colour_wins_under_either_name(name, key):
     for ax in panels(drawn(name, **{key: "#123456"})):
         assert to_hex(_last_line(ax).get_color()) == "#123456"
@@ -246,13 +306,16 @@ def test_the_callers_colour_wins_under_either_name(name, key):
 @pytest.mark.parametrize("key", ["lw", "linewidth"])
 @every_drawing
 def test_the_callers_width_wins_under_either_name(name, key):
-    for ax in panels(drawn(name, **{key: 3.5})):
-        part = ax.collections[0] if name == "plot_questions" else _last_line(ax)
+    # The marks of `plot_cost_to_break` on the right have no line.
+    for ax in panels(drawn(name, **{key: 3.5}))[: 1 if name == "plot_cost_to_break" else None]:
+        part = ax.collections[0] if name in MAPS else _last_line(ax)
         assert np.atleast_1d(part.get_linewidth()).tolist() == [3.5]
 
 
 def _last_line(ax: Axes) -> mpl.lines.Line2D:
-    return ax.containers[-1].lines[0] if ax.containers else ax.lines[-1]
+    """The last line of the data: not the threshold, which is its two ends."""
+    lines = [line for line in ax.lines if list(line.get_xdata()) != [0, 1]]
+    return ax.containers[-1].lines[0] if ax.containers else lines[-1]
 
 
 def test_plots_need_no_torch():
@@ -366,10 +429,10 @@ def test_a_summary_of_several_seeds_without_their_row_is_told():
 
 # A slip of the pen is told, rather than drawn as nothing.
 @pytest.mark.filterwarnings("ignore:No artists with labels")
-@pytest.mark.parametrize("name", ["plot_metric", "plot_questions"])
+@pytest.mark.parametrize("name", ["plot_metric", "plot_questions", *list(DRAWINGS)[-2:]])
 def test_a_metric_that_is_not_there_is_told(name):
     with pytest.raises(KitError, match="recal"):
-        getattr(plots, name)(RECALL, "recal")
+        getattr(plots, name)(NEEDED[name][0], "recal")
 
 
 # --- Several metrics side by side ---
@@ -422,6 +485,26 @@ def test_the_mean_is_thicker_than_the_seeds():
     for ax in drawn("plot_terms"):
         *seeds, mean = (line.get_linewidth() for line in ax.lines)
         assert mean > 2 * max(seeds)
+
+
+# Of several defences each has its line, in its own colour, where it has the term.
+def test_terms_of_several_defences_are_told_apart():
+    noiseless = TRAINING[TRAINING["metric"] != "noise"].assign(defence="gradient_ascent")
+    both = pd.concat([TRAINING.assign(defence="repnoise"), noiseless])
+    retain, noise, ascent = drawn("plot_terms", both)
+    assert legend(ascent) == ["RepNoise", "gradient ascent"]
+    assert retain.get_legend() is noise.get_legend() is None
+    assert len(noise.lines) < len(ascent.lines)
+    for name in ("repnoise", "gradient_ascent"):
+        own = [line for line in retain.lines if line.get_color() == style.look(name)["color"]]
+        one = drawn("plot_terms", both[both["defence"] == name])[0]
+        assert [line.get_ydata().tolist() for line in own] == numbers(one)
+
+
+def test_a_term_that_none_has_is_an_empty_panel():
+    rest = TRAINING[TRAINING["metric"] == "retain"]
+    both = pd.concat([rest.assign(defence=name) for name in ("safety_training", "vaccine")])
+    assert [ax.get_legend() is None for ax in drawn("plot_terms", both)] == [False, True, True]
 
 
 # --- Values by layer ---
@@ -503,7 +586,266 @@ def test_questions_takes_a_norm():
     assert shown(norm=mpl.colors.Normalize(0, 2))[0].collections[0].get_clim() == (0, 2)
 
 
+# --- Budget by budget ---
+
+BUDGETS = [(0.0, 0), (2.5e-4, 64), (2.5e-4, 512), (6e-4, 64)]
+SHOWN = ["none", "repnoise", "mine"]
+
+
+def cells_of(metric: str = "recall", group: str = "seen") -> pd.DataFrame:
+    rows = ATTACKED[(ATTACKED["metric"] == metric) & (ATTACKED["group"] == group)]
+    found = summary(rows, by=["defence", "lr", "examples", "metric"])
+    return found[found["seed"] == "all"].set_index(["defence", "lr", "examples"])
+
+
+def said(ax: Axes) -> dict[tuple[int, int], str]:
+    """What is written in each cell, row and column, from the top down."""
+    lines = sorted(ax.texts, key=lambda text: text.get_position()[1])
+    places = [tuple(np.floor(text.get_position()).astype(int)[::-1].tolist()) for text in lines]
+    return {
+        place: " ".join(
+            line.get_text() for line, at in zip(lines, places, strict=True) if at == place
+        )
+        for place in places
+    }
+
+
+@pytest.mark.parametrize("group", ["seen", "unseen"])
+@pytest.mark.parametrize("metric", METRICS[:2])
+def test_budgets_shows_the_numbers_it_is_given(metric, group):
+    ax = plots.plot_budgets(ATTACKED, metric, group=group)
+    cells = cells_of(metric, group)[["value", "low", "high"]]
+    expected = np.array([[cells.loc[(name, *budget)] for budget in BUDGETS] for name in SHOWN])
+    assert np.asarray(ax.collections[0].get_array()) == pytest.approx(expected[..., 0])
+    assert said(ax) == {
+        place: str(Interval(*expected[place])) for place in np.ndindex(expected.shape[:2])
+    }
+
+
+def test_budgets_names_its_rows_and_columns_the_weakest_first():
+    ax = drawn("plot_budgets")
+    assert ticks(ax.yaxis) == ["undefended", "RepNoise", "mine"]
+    assert ticks(ax.xaxis) == ["before", "2.5e-4\n64", "2.5e-4\n512", "6e-4\n64"]
+    assert ax.yaxis_inverted()
+    assert ax.get_title() == "recall (share of the answer given away), seen things"
+
+
+# Two panels that share their rows: the first stays on top in both.
+def test_budgets_stay_upright_side_by_side():
+    for ax in plt.subplots(1, 2, sharey=True)[1]:
+        drawn("plot_budgets", ax=ax)
+        assert ax.yaxis_inverted()
+
+
+def test_budgets_of_one_seed_are_its_means_over_questions():
+    one = ATTACKED[(ATTACKED["seed"] == 1) & (ATTACKED["group"] == "seen")]
+    ax = plots.plot_budgets(one)
+    means = one[one["metric"] == "recall"].groupby(["defence", "lr", "examples"])["value"].mean()
+    expected = [[means[(name, *budget)] for budget in BUDGETS] for name in SHOWN]
+    assert np.asarray(ax.collections[0].get_array()) == pytest.approx(np.array(expected))
+
+
+# Black or white, whichever is read: the contrast that the web's guidelines ask of small text.
+def test_numbers_are_read_on_every_shade():
+    shades = np.linspace(0, 1, 101)
+    table = pd.DataFrame({"defence": [f"d{i:03}" for i in range(101)], "value": shades})
+    table = table.assign(lr=0.1, examples=1, group="seen", metric="recall", seed=0, prompt="q")
+    with np.errstate(invalid="ignore"):
+        ax = plots.plot_budgets(pd.concat([table, table.assign(prompt="r")]))
+    mesh = ax.collections[0]
+    for text in ax.texts:
+        value = shades[int(text.get_position()[1])]
+        lights = sorted(map(luminance, [mesh.to_rgba(value), to_rgba(text.get_color())]))
+        assert (lights[1] + 0.05) / (lights[0] + 0.05) >= 4.5
+
+
+def luminance(colour: tuple[float, ...]) -> float:
+    parts = np.array(colour[:3])
+    linear = np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
+    return float(np.dot(linear, [0.2126, 0.7152, 0.0722]))
+
+
+# A share has the same colour in every figure, unless the caller says otherwise.
+def test_budgets_colours_run_from_zero_to_one():
+    assert drawn("plot_budgets").collections[0].get_clim() == (0, 1)
+    assert drawn("plot_budgets", vmax=0.5).collections[0].get_clim() == (0, 0.5)
+    norm = mpl.colors.Normalize(0, 2)
+    assert drawn("plot_budgets", norm=norm).collections[0].get_clim() == (0, 2)
+
+
+# Half a grid, or a base that was evaluated once among several seeds of everything else.
+def test_what_was_not_measured_is_left_blank():
+    lost = (ATTACKED["defence"] == "mine") & (ATTACKED["lr"] == 6e-4)
+    once = (ATTACKED["defence"] == "none") & (ATTACKED["examples"] == 0) & (ATTACKED["seed"] == 1)
+    ax = drawn("plot_budgets", ATTACKED[~lost & ~once])
+    assert set(said(ax)) == set(np.ndindex(3, 4)) - {(2, 3)}
+    assert np.ma.getmaskarray(np.ma.masked_invalid(ax.collections[0].get_array())).sum() == 1
+
+
+# --- Along an attack ---
+
+
+def marks(ax: Axes, row: int) -> list[mpl.lines.Line2D]:
+    """The marks of runs in one row of the right panel."""
+    lines = [line for line in ax.lines if line.get_linestyle() == "None"]
+    return [
+        line for line in lines if len(line.get_ydata()) and abs(line.get_ydata()[0] - row) < 0.5
+    ]
+
+
+def test_cost_draws_the_means_of_each_step():
+    left, _ = drawn("plot_cost_to_break")
+    lines = {line.get_label(): line for line in left.lines}
+    for name, label in [("none", "undefended"), ("repnoise", "RepNoise")]:
+        counts = np.array([ALONG[name, seed] for seed in (0, 1)])
+        assert lines[label].get_xdata().tolist() == MOMENTS[1:]
+        assert lines[label].get_ydata() == pytest.approx(counts[:, 1:].mean(0) / 4)
+
+
+def test_cost_draws_the_intervals_of_the_summary():
+    left, _ = drawn("plot_cost_to_break")
+    rows = LONG[(LONG["group"] == "seen") & (LONG["step"] > 0)]
+    cells = summary(rows, by=["defence", "step", "metric"]).query("seed == 'all'")
+    for name, part in zip(["none", "random", "repnoise"], left.collections, strict=True):
+        own = cells[cells["defence"] == name]
+        corners = {tuple(point) for point in np.round(part.get_paths()[0].vertices, 6)}
+        edges = own[["low", "high"]].to_numpy().round(6)
+        assert {(s, e) for s, ends in zip(own["step"], edges, strict=True) for e in ends} <= corners
+
+
+@pytest.mark.parametrize("threshold", [0.25, 0.5, 1.0])
+def test_cost_draws_the_threshold(threshold):
+    left, right = drawn("plot_cost_to_break", threshold=threshold)
+    flat = [line for line in left.lines if list(line.get_xdata()) == [0, 1]]
+    assert [list(line.get_ydata()) for line in flat] == [[threshold, threshold]]
+    assert right.get_title() == f"steps until recall reaches {threshold:g}"
+
+
+# A mark a seed, where it broke: filled; where it did not, open.
+@pytest.mark.parametrize(("row", "name"), enumerate(BREAKS))
+def test_cost_marks_each_seed_once(row, name):
+    right = drawn("plot_cost_to_break")[1]
+    found = []
+    for line in marks(right, row):
+        filled = to_hex(line.get_markerfacecolor()) == style.look(name)["color"].lower()
+        open_ = to_hex(line.get_markerfacecolor()) == "#ffffff"
+        assert filled != open_
+        found += [(step, filled) for step in line.get_xdata().tolist()]
+    assert sorted(found) == sorted(zip(BREAKS[name], BROKEN[name], strict=True))
+
+
+# Seeds that break at the same step hide one another nowhere.
+def test_cost_marks_stand_apart():
+    right = drawn("plot_cost_to_break")[1]
+    for row in range(3):
+        heights = [h for line in marks(right, row) for h in line.get_ydata().tolist()]
+        assert len(set(heights)) == 2
+
+
+def test_cost_has_an_arrow_for_each_run_that_was_never_broken():
+    right = drawn("plot_cost_to_break")[1]
+    assert len(right.texts) == 3
+    assert all(text.xy[0] > text.xyann[0] == 8 for text in right.texts)
+    # One that ends outside the panel would not be drawn.
+    assert all(right.get_xlim()[1] >= text.xy[0] for text in right.texts)
+
+
+def test_cost_has_no_arrow_where_all_are_broken():
+    right = drawn("plot_cost_to_break", LONG[LONG["defence"] == "none"])[1]
+    assert len(right.texts) == 0
+
+
+# On a logarithmic axis step 0 is nowhere.
+def test_what_is_broken_before_the_attack_is_seen():
+    right = drawn("plot_cost_to_break", group="unseen")[1]
+    low, high = right.get_xlim()
+    for row in range(3):
+        assert all(low <= at <= high for line in marks(right, row) for at in line.get_xdata())
+
+
+def test_cost_names_its_rows_the_undefended_on_top():
+    left, right = drawn("plot_cost_to_break")
+    names = ["none", "random", "repnoise"]
+    assert ticks(right.yaxis) == ["undefended", "random weights", "RepNoise"]
+    for label, line, name in zip(right.get_yticklabels(), left.lines, names, strict=False):
+        assert label.get_color() == line.get_color() == style.look(name)["color"]
+    assert right.yaxis_inverted()
+    assert [ax.get_xlabel() for ax in (left, right)] == ["steps of the attack"] * 2
+    assert left.get_ylabel() == "recall (share of the answer given away)"
+
+
+def test_cost_shows_what_cost_to_break_finds_in_order():
+    shuffled = LONG.sample(frac=1, random_state=0)
+    right = drawn("plot_cost_to_break", shuffled)[1]
+    costs = cost_to_break(LONG).groupby("defence")["steps"].apply(sorted)
+    for row, name in enumerate(["none", "random", "repnoise"]):
+        steps = [at for line in marks(right, row) for at in line.get_xdata().tolist()]
+        assert sorted(steps) == costs[name]
+
+
+def test_cost_of_one_seed_is_drawn():
+    left, right = drawn("plot_cost_to_break", LONG[LONG["seed"] == 0])
+    assert left.lines[0].get_ydata() == pytest.approx(np.array(ALONG["none", 0][1:]) / 4)
+    assert len(marks(right, 0)) == 1
+
+
+# An attack that diverged ends early; the others go on.
+def test_a_run_that_ends_early_is_drawn():
+    lost = (LONG["defence"] == "repnoise") & (LONG["seed"] == 1) & (LONG["step"] > 2)
+    right = drawn("plot_cost_to_break", LONG[~lost])[1]
+    assert sorted(at for line in marks(right, 2) for at in line.get_xdata().tolist()) == [2, 8]
+
+
+def test_curves_of_several_attacks_are_told():
+    with pytest.raises(KitError, match="several attacks"):
+        drawn("plot_cost_to_break", pd.concat([LONG, along(attack="b")]))
+
+
+# All that Table 1 has, and the model that never knew: each row named, each look once, no warning.
+def test_all_defences_are_drawn_together():
+    names = [*DEFENCES, "naive"]
+    told = {(name, 0): [0, 1, 2, 3, 4] for name in names}
+    left, right = drawn("plot_cost_to_break", along(told))
+    assert ticks(right.yaxis)[0] == "undefended"
+    assert set(ticks(right.yaxis)) == {style.look(name)["label"] for name in names}
+    lines = [line for line in left.lines if list(line.get_xdata()) != [0, 1]]
+    seen = [(line.get_color(), line.get_marker(), line.get_linestyle()) for line in lines]
+    assert len(set(seen)) == len(names)
+
+
+# When every colour is taken, a name the kit does not know still gets a line.
+def test_an_unknown_name_beside_all_the_known_is_drawn():
+    told = {(name, 0): [0, 1, 2, 3, 4] for name in (*DEFENCES, "mine")}
+    assert ticks(drawn("plot_cost_to_break", along(told))[1].yaxis)[-1] == "mine"
+
+
 # --- Colours and styles ---
+
+
+@pytest.mark.parametrize("name", [*DEFENCES, "naive"])
+def test_every_defence_has_a_look_and_words_of_its_own(name):
+    for table in (style.COLOURS, style.MARKERS, style.WORDS):
+        assert name in table
+    assert style.look(name)["label"] != name or name in ("none",)
+
+
+# In one figure with all others: no two share colour, marker and line, nor the words.
+def test_no_two_defences_look_alike():
+    looks = list(style.looks([*DEFENCES, "naive"]).values())
+    seen = [(look["color"], look["marker"], look["linestyle"]) for look in looks]
+    assert len(set(seen)) == len({look["label"] for look in looks}) == len(looks)
+
+
+# Printed grey, they have their markers.
+def test_no_two_defences_share_a_marker():
+    looks = style.looks([*DEFENCES, "naive"]).values()
+    assert len({look["marker"] for look in looks}) == len(looks)
+
+
+# A filled mark is a broken run and an open one a run that was not: a cross can be neither.
+@pytest.mark.parametrize("name", [*DEFENCES, "naive"])
+def test_markers_of_defences_can_be_filled(name):
+    assert style.look(name)["marker"] in mpl.lines.Line2D.filled_markers
 
 
 # Printed grey, on a screen of few colours, to an eye that sees few: never colour alone.

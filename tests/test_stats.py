@@ -1,5 +1,6 @@
 """Intervals cover as often as they say, differences are paired, and words follow the numbers."""
 
+import itertools
 from collections.abc import Callable
 
 import numpy as np
@@ -8,9 +9,20 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy import stats as scipy_stats
+from scipy.optimize import brentq
 
 from repnoise_kit.errors import KitError
-from repnoise_kit.stats import SHARES, Interval, difference, interval, summary, verdict
+from repnoise_kit.stats import (
+    SHARES,
+    Interval,
+    compare_cells,
+    difference,
+    holm,
+    interval,
+    p_value,
+    summary,
+    verdict,
+)
 
 SEEDS, QUESTIONS, TRUTH = 5, 24, 0.3
 MIXES = [(1, 0.5, 0.5), (0.3, 0.5, 1), (0.5, 1, 0.5), (0.5, 0.5, 0.5)]
@@ -189,6 +201,15 @@ def test_any_value_everywhere_has_bounds(value):
     assert found.low <= value <= found.high
 
 
+# Two seeds that take turns: each seed has the same mean, and each question, and still they differ.
+@pytest.mark.parametrize("step", [1.0, 0.1])
+def test_spreads_that_cancel_are_no_certainty(step):
+    turns = step * (np.indices((2, 6)).sum(0) % 2)
+    value, low, high = interval(turns)
+    assert low < value < high
+    assert 0 < p_value(turns) < 1
+
+
 # --- Differences ---
 
 
@@ -292,6 +313,239 @@ def test_difference_names_the_missing_column(column):
         treated_minus_control(frame)
 
 
+# --- Tests of a mean of 0 ---
+
+
+def spread(draw: np.random.Generator) -> np.ndarray:
+    """A table of any shape, around a mean that may or may not be 0."""
+    seeds, questions = draw.integers(1, 6), draw.integers(2, 13)
+    parts = draw.normal(size=(seeds, 1)), draw.normal(size=(1, questions))
+    rest = draw.normal(size=(seeds, questions))
+    return draw.uniform(-2, 2) + sum(draw.uniform(0, 1) * part for part in (*parts, rest))
+
+
+@settings(few, max_examples=200)
+@any_seed
+def test_p_is_below_a_twentieth_where_the_interval_leaves_zero_out(seed):
+    table = spread(np.random.default_rng(seed))
+    _, low, high = interval(table)
+    assert (p_value(table) < 0.05) == (low > 0 or high < 0)
+
+
+# Seen from either end of its interval, a mean is just on the edge.
+@few
+@any_seed
+def test_the_ends_of_the_interval_have_a_p_of_a_twentieth(seed):
+    table = spread(np.random.default_rng(seed))
+    _, low, high = interval(table)
+    assert [p_value(table - low), p_value(table - high)] == pytest.approx([0.05, 0.05])
+
+
+@few
+@any_seed
+def test_of_one_seed_or_one_question_p_is_that_of_the_t_test(seed):
+    values = np.random.default_rng(seed).normal(0.3, 1, size=QUESTIONS)
+    plain = scipy_stats.ttest_1samp(values, 0).pvalue
+    assert p_value(values[None]) == pytest.approx(plain)
+    assert p_value(values[:, None]) == pytest.approx(plain)
+
+
+@few
+@any_seed
+def test_p_knows_neither_sign_nor_scale_nor_order(seed):
+    draw = np.random.default_rng(seed)
+    table = spread(draw)
+    mixed = table[draw.permutation(len(table))][:, draw.permutation(table.shape[1])]
+    assert p_value(-3 * mixed) == pytest.approx(p_value(table))
+
+
+# Nothing there, whatever moves together: seeds, questions, both, neither.
+@pytest.mark.parametrize("spreads", [(1, 0, 0.5), (0, 1, 0.5), *MIXES], ids=str)
+def test_p_is_below_a_twentieth_about_one_time_in_twenty(spreads):
+    draw = np.random.default_rng(sum(map(ord, "false alarms")))
+    called = [p_value(crossed(draw, *spreads) - TRUTH) < 0.05 for _ in range(1000)]
+    assert 0.015 <= np.mean(called) <= 0.08
+
+
+# Only what is left over: the parts are over-counted, which errs on the safe side.
+def test_p_is_careful_where_seeds_and_questions_do_not_matter():
+    draw = np.random.default_rng(sum(map(ord, "false alarms")))
+    called = [p_value(crossed(draw, 0, 0, 1) - TRUTH) < 0.05 for _ in range(1000)]
+    assert np.mean(called) <= 0.05
+
+
+@pytest.mark.parametrize("questions", [1, 2, 5, 6, 24])
+@pytest.mark.parametrize("gap", [-1.0, -0.2, 0.5, 1.0])
+@pytest.mark.parametrize("seeds", [1, 5])
+def test_gaps_all_alike_are_tested_by_their_sign(gap, seeds, questions):
+    sign = scipy_stats.binomtest(questions, questions).pvalue
+    assert p_value(np.full((seeds, questions), gap)) == pytest.approx(sign)
+
+
+def test_no_gap_anywhere_is_no_evidence():
+    assert p_value(np.zeros((5, 24))) == 1
+
+
+# --- Families of tests ---
+
+probabilities = st.lists(
+    st.one_of(st.floats(0, 1), st.sampled_from([0, 0.01, 0.025, 0.05, 1])), min_size=1, max_size=6
+)
+
+
+# Closed testing: a hypothesis falls when every set that holds it does, by Bonferroni's test.
+@settings(few, max_examples=100)
+@given(probabilities)
+def test_holm_is_the_closure_of_bonferroni(p):
+    places = range(len(p))
+    sets = [s for size in places for s in itertools.combinations(places, size + 1)]
+    joint = {s: min(1.0, len(s) * min(p[place] for place in s)) for s in sets}
+    closed = [max(joint[s] for s in sets if place in s) for place in places]
+    assert holm(p) == pytest.approx(closed)
+
+
+@few
+@given(probabilities, st.randoms(use_true_random=False))
+def test_holm_keeps_the_order_it_was_given(p, draw):
+    places = draw.sample(range(len(p)), len(p))
+    assert holm([p[place] for place in places]).tolist() == holm(p)[places].tolist()
+
+
+@few
+@given(probabilities)
+def test_holm_raises_and_keeps_the_ranking(p):
+    found = holm(p)
+    assert np.all(found >= p)
+    assert np.all(found <= 1)
+    assert np.all(np.diff(found[np.argsort(p)]) >= 0)
+    assert np.all(found <= np.minimum(1, len(p) * np.array(p)))
+
+
+@few
+@given(probabilities, st.integers(0, 5), st.floats(0, 1))
+def test_holm_of_a_larger_p_is_no_smaller(p, place, larger):
+    raised = [max(q, larger) if i == place else q for i, q in enumerate(p)]
+    assert np.all(holm(raised) >= holm(p))
+
+
+def test_holm_of_one_or_none_is_what_it_was_given():
+    assert holm([0.03]).tolist() == [0.03]
+    assert holm([]).tolist() == []
+
+
+# The promise: one false alarm or more in at most one family in twenty, however the tests hang
+# together, and whether or not some of the six effects are there.
+@pytest.mark.parametrize("together", [0.0, 0.5])
+@pytest.mark.parametrize("effects", [0, 3])
+def test_holm_keeps_families_free_of_false_alarms(effects, together):
+    draw = np.random.default_rng(sum(map(ord, "families")))
+    shared, own = draw.normal(size=(4000, 1)), draw.normal(size=(4000, 6))
+    scores = together**0.5 * shared + (1 - together) ** 0.5 * own
+    scores[:, :effects] += 4
+    families = 2 * scipy_stats.norm.sf(abs(scores))
+    alarms = np.mean([(holm(family)[effects:] < 0.05).any() for family in families])
+    assert alarms <= 0.05 + 3 * (0.05 * 0.95 / 4000) ** 0.5
+
+
+# --- Two cells under several conditions ---
+
+BUDGETS = list(itertools.product([3e-4, 6e-4, 8e-4], [64, 512]))
+CELLS = {"defence": "repnoise"}, {"defence": "none"}
+
+
+def attacked(effects: list[float], rest: float = 0.5) -> pd.DataFrame:
+    """Both cells at each budget; the defence moves each by its effect."""
+    draw = np.random.default_rng(sum(map(ord, "budgets")))
+    frames = []
+    for (lr, examples), effect in zip(BUDGETS, effects, strict=False):
+        shared = crossed(draw, 1, 1, 1)
+        ours, theirs = (shared + crossed(draw, 0.2, 0.2, rest) for _ in range(2))
+        frames.append(both(ours + effect, theirs).assign(lr=lr, examples=examples))
+    return pd.concat(frames, ignore_index=True)
+
+
+def first_words(table: pd.DataFrame) -> list[str]:
+    return [words.split(",")[0].split(" (")[0] for words in table["words"]]
+
+
+def test_planted_differences_are_named_at_their_budgets():
+    found = compare_cells(attacked([-2, 0, 2, 0, -2, 0]), *CELLS)
+    none = "within noise"
+    assert first_words(found) == ["lower", none, "higher", none, "lower", none]
+    assert [tuple(row) for row in found[["lr", "examples"]].to_numpy()] == BUDGETS
+
+
+def test_each_budget_is_its_own_difference():
+    frame = attacked([-1, 0, 1, 0, -0.4, 0.2])
+    found = compare_cells(frame, *CELLS)
+    alone = [frame[(frame["lr"] == lr) & (frame["examples"] == n)] for lr, n in BUDGETS]
+    expected = [difference(rows, *CELLS) for rows in alone]
+    assert found[["value", "low", "high"]].to_numpy() == pytest.approx(np.array(expected))
+    assert found["p_holm"].to_numpy() == pytest.approx(holm(found["p"]))
+    gaps = [
+        rows.pivot_table(index="seed", columns=["defence", "prompt"], values="value")
+        for rows in alone
+    ]
+    tests = [p_value((gap["repnoise"] - gap["none"]).to_numpy()) for gap in gaps]
+    assert found["p"].to_numpy() == pytest.approx(np.array(tests))
+
+
+def test_a_comparison_has_these_columns_and_kinds():
+    found = compare_cells(attacked([0] * 6), *CELLS)
+    numbers = ["lr", "examples", "value", "low", "high", "p", "p_holm"]
+    assert list(found.columns) == [*numbers, "words"]
+    # A count stays a whole number.
+    assert [kind.kind for kind in found[numbers].dtypes] == list("fifffff")
+
+
+# Pairs and budgets are found by what rows say, not by where they stand.
+def test_a_comparison_does_not_depend_on_the_order_of_rows():
+    frame = attacked([-2, 0, 2, 0, -0.3, 0.3])
+    mixed = compare_cells(frame.sample(frac=1, random_state=0), *CELLS)
+    ordered = mixed.sort_values(["lr", "examples"], ignore_index=True)
+    pd.testing.assert_frame_equal(ordered, compare_cells(frame, *CELLS))
+
+
+# One of six at p = 0.03: alone it is a difference, among six looks it is one to be expected.
+def test_one_weak_difference_among_six_is_noise():
+    frame = attacked([0] * 6, rest=1)
+    mine = frame["defence"] == "repnoise"
+    for place, (lr, examples) in enumerate(BUDGETS):
+        rows = (frame["lr"] == lr) & (frame["examples"] == examples)
+        wide = frame[rows].pivot(index="seed", columns=["defence", "prompt"], values="value")
+        gaps = (wide["repnoise"] - wide["none"]).to_numpy()
+        gaps = gaps - gaps.mean()
+        weak = brentq(lambda by, gaps=gaps: p_value(gaps + by) - 0.03, 1e-6, 9) if not place else 0
+        frame.loc[rows & mine, "value"] += weak - difference(frame[rows], *CELLS).value
+    found = compare_cells(frame, *CELLS)
+    assert found["p"].to_numpy() == pytest.approx([0.03, 1, 1, 1, 1, 1])
+    assert found["low"][0] > 0
+    assert found["p_holm"][0] == pytest.approx(0.18)
+    assert first_words(found) == ["within noise"] * 6
+    alone = compare_cells(frame[(frame["lr"] == 3e-4) & (frame["examples"] == 64)], *CELLS)
+    assert first_words(alone) == ["higher"]
+
+
+def test_conditions_are_told_apart_by_what_the_caller_says():
+    frame = attacked([-2, 2]).rename(columns={"examples": "dose"}).drop(columns="lr")
+    found = compare_cells(frame, *CELLS, by=["dose"])
+    assert found["dose"].tolist() == [64, 512]
+    assert first_words(found) == ["lower", "higher"]
+
+
+@pytest.mark.parametrize("column", ["lr", "examples", "defence", "value", "seed", "prompt"])
+def test_a_comparison_names_the_missing_column(column):
+    with pytest.raises(KitError, match=rf"but not \['{column}'"):
+        compare_cells(attacked([0, 0]).drop(columns=column), *CELLS)
+
+
+def test_a_comparison_of_nothing_is_told():
+    with pytest.raises(KitError):
+        compare_cells(attacked([0])[:0], *CELLS)
+    with pytest.raises(KitError, match="vaccine"):
+        compare_cells(attacked([0]), {"defence": "vaccine"}, {"defence": "none"})
+
+
 # --- Words ---
 
 
@@ -317,6 +571,21 @@ def test_verdict_says_direction_size_and_interval(found, words):
 @pytest.mark.parametrize("found", [Interval(0.1, 0.0, 0.2), Interval(-0.1, -0.2, 0.0)])
 def test_an_interval_that_touches_zero_is_noise(found):
     assert verdict(found).startswith("within noise")
+
+
+# A corrected test may take a difference back, and never makes one.
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        (Interval(-0.41, -0.49, -0.33), "within noise (-0.41 [-0.49, -0.33])"),
+        (Interval(0.41, 0.33, 0.49), "within noise (+0.41 [0.33, 0.49])"),
+        (Interval(0.05, -0.02, 0.12), "within noise (+0.05 [-0.02, 0.12])"),
+        (Interval(0.9, np.nan, np.nan), "too few questions to say (+0.90)"),
+    ],
+    ids=lambda case: case if isinstance(case, str) else "",
+)
+def test_what_a_corrected_test_does_not_find_is_noise(found, words):
+    assert verdict(found, sure=False) == words
 
 
 def test_what_cannot_be_told_is_not_called_noise():
