@@ -22,6 +22,11 @@ quarters = st.lists(st.integers(0, 4), min_size=1, max_size=len(MOMENTS))
 """A curve: how many of four questions are given away, moment by moment."""
 
 
+def said(ratio):
+    """One digit after the point, and two below 1."""
+    return f"{ratio:.2f}" if ratio < 1 else f"{ratio:.1f}"
+
+
 def run(told: list[int], **columns: object) -> pd.DataFrame:
     """The rows of one run: at each moment, so many of four questions are given away."""
     usual = {"defence": "none", "attack": "fine-tuning", "lr": 3e-4, "seed": 0}
@@ -198,11 +203,6 @@ def test_a_missing_column_is_named(column):
 
 
 @pytest.mark.parametrize("by", ["steps", "tokens", "flops"])
-def said(ratio):
-    """One digit after the point, and two below 1."""
-    return f"{ratio:.2f}" if ratio < 1 else f"{ratio:.1f}"
-
-
 @pytest.mark.parametrize("times", [0.5, 1, 2, np.e, 48])
 def test_a_constant_ratio_is_that_ratio(times, by):
     slow = [2.0, 3.0, 8.0]
