@@ -243,8 +243,8 @@ def plot_budgets(
     ax.set_ylim(len(names), 0)  # Not inverted: panels that share the axis would turn it back.
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
-    ax.set_xlabel("learning rate and examples of the attack")
-    ax.set_title(f"{AXIS_WORDS.get(metric, metric)}, {group} things", fontsize=10)
+    ax.set_xlabel("learning rate, examples")
+    ax.set_title(f"{metric}, {group} things", fontsize=10)
     return ax
 
 

@@ -178,12 +178,12 @@ def check_words(command):
         assert command.returncode in (0, -signal.SIGKILL)
 
 
-BLOWS = ["a worker", "a worker", "the command", "a worker", "all", "a worker"]
+BLOWS = ["a worker", "a worker", "the command", "a worker", "all"]
 
 
-@pytest.mark.parametrize(("workers", "seed"), [(2, 0), (2, 1), (4, 2)])
-def test_workers_and_commands_that_are_killed(grid, calm, tmp_path, workers, seed):
-    draw, store, made = random.Random(seed), tmp_path / "store", {}
+@pytest.mark.parametrize("workers", [2, 4])
+def test_workers_and_commands_that_are_killed(grid, calm, tmp_path, workers):
+    draw, store, made = random.Random(workers), tmp_path / "store", {}
     commands, landed = [], 0
     for whom in draw.sample(BLOWS, len(BLOWS)):
         if not commands or commands[-1].poll() is not None:
@@ -194,7 +194,7 @@ def test_workers_and_commands_that_are_killed(grid, calm, tmp_path, workers, see
         made = found
         landed += commands[-1].poll() is None
         strike(commands[-1], whom, draw)
-    assert landed >= 4
+    assert landed >= 3
     assert 0 < len(made) < CELLS + DEFENDED
     # Killed workers of a command that lives may yet make it give up, with a word.
     if commands[-1].poll() is None:
@@ -208,9 +208,8 @@ def test_workers_and_commands_that_are_killed(grid, calm, tmp_path, workers, see
     assert tables(tmp_path / "out") == calm
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_two_commands_on_one_store_of_which_one_is_killed(grid, calm, tmp_path, seed):
-    draw, store = random.Random(seed), tmp_path / "store"
+def test_two_commands_on_one_store_of_which_one_is_killed(grid, calm, tmp_path):
+    draw, store = random.Random(0), tmp_path / "store"
     one, other = (grid("store", out, "--workers", 2) for out in ("one", "other"))
     assert wait_until(lambda: len(folders(store)) > 2)
     at_random_moment(one, store, draw)
@@ -317,13 +316,14 @@ def cluster(start, tmp_path):
     def of(*threads):
         told = tmp_path / "scheduler.json"
         start("-m", "dask", "scheduler", "--host", "127.0.0.1", "--port", 0, "--no-dashboard",
-              "--no-show", "--scheduler-file", told)  # fmt: skip
+              "--no-show", "--idle-timeout", "120s", "--scheduler-file", told)  # fmt: skip
         assert wait_until(told.exists)
         assert wait_until(lambda: told.read_text().endswith("}"))
         address = json.loads(told.read_text())["address"]
         workers = [
             start("-m", "dask", "worker", address, "--nthreads", count, "--no-nanny",
-                  "--no-dashboard", "--host", "127.0.0.1", "--local-directory", tmp_path / "dask")
+                  "--no-dashboard", "--host", "127.0.0.1", "--death-timeout", 30,
+                  "--local-directory", tmp_path / "dask")
             for count in threads
         ]  # fmt: skip
         for worker in workers:

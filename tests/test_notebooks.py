@@ -80,4 +80,4 @@ def test_shows_its_figures(book):
 
 @pytest.mark.parametrize("path", BOOKS, ids=[path.stem for path in BOOKS])
 def test_is_light(path):
-    assert path.stat().st_size < 600_000
+    assert path.stat().st_size < 1_000_000

@@ -627,7 +627,7 @@ def test_budgets_names_its_rows_and_columns_the_weakest_first():
     assert ticks(ax.yaxis) == ["undefended", "RepNoise", "mine"]
     assert ticks(ax.xaxis) == ["before", "2.5e-4\n64", "2.5e-4\n512", "6e-4\n64"]
     assert ax.yaxis_inverted()
-    assert ax.get_title() == "recall (share of the answer given away), seen things"
+    assert ax.get_title() == "recall, seen things"
 
 
 # Two panels that share their rows: the first stays on top in both.
