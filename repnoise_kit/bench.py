@@ -24,6 +24,7 @@ from repnoise_kit import (
     scoring,
     security,
     splits,
+    testbeds,
     training,
 )
 from repnoise_kit.defences import NEED_A_MODEL, defend_
@@ -41,12 +42,13 @@ from repnoise_kit.store import (
     written_whole,
 )
 from repnoise_kit.testbeds import Testbed
+from repnoise_kit.world import oracle
 
 # What the numbers depend on. Read now: a file that is edited while this process runs must not put
 # its name on these results.
 CODE = code_of(
     attacks, baselines, controls, defences, evaluation, losses, model, pairs, recording, repnoise,
-    scoring, security, splits, training,
+    scoring, security, splits, testbeds, training, oracle,
 )  # fmt: skip
 
 

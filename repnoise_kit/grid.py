@@ -5,6 +5,7 @@ written whole or not at all. So to go on after any interruption is to run the sa
 """
 
 import functools
+import importlib.util
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -113,10 +114,10 @@ def _computed(
 def _backend(workers: int, scheduler: str | None) -> joblib.parallel_config:
     if scheduler is None:
         return joblib.parallel_config("loky", n_jobs=workers, inner_max_num_threads=1)
+    if importlib.util.find_spec("distributed") is None:
+        raise KitError("--scheduler needs Dask: pip install 'repnoise-kit[cluster]'")
     try:
         return joblib.parallel_config("dask", scheduler_host=scheduler, wait_for_workers_timeout=60)
-    except ImportError as error:
-        raise KitError("--scheduler needs Dask: pip install 'repnoise-kit[cluster]'") from error
     except (OSError, TimeoutError, ValueError) as error:
         raise KitError(f"no Dask scheduler answers at {scheduler}; check the address") from error
 
@@ -126,7 +127,7 @@ _OPEN: dict[tuple[str, Path], Bench] = {}
 
 
 def _alone(place: int, cell: Cell, bench: Bench) -> int:
-    if bench.code != fingerprint(CODE):
+    if (bench.code, cell.code) != (fingerprint(CODE), _code(cell.function.__module__)):
         raise KitError(
             "a worker has another version of the kit or of Python than the command that sent it "
             "work; start the workers again with the same"

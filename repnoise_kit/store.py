@@ -90,11 +90,11 @@ def is_whole(folder: Path) -> bool:
     """Whether each file of a sealed folder is, byte for byte, the one that was written."""
     try:
         written = json.loads((folder / "whole.json").read_text())
+        there = digests(folder)
     except (OSError, ValueError):
         return False
     if not isinstance(written, dict) or not written:
         return False
-    there = digests(folder)
     return all(there.get(name) == digest for name, digest in written.items())
 
 

@@ -1,6 +1,7 @@
 """Everything an experiment needs in one object, so that a notebook changes scale in one line."""
 
 import math
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property, partial
@@ -9,6 +10,8 @@ from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
+import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from repnoise_kit.errors import KitError
@@ -120,7 +123,8 @@ class Testbed:
     def fingerprint(self) -> str:
         """Return what stands for the model and the data of this testbed."""
         return fingerprint(
-            [(name, part.double().sum().item()) for name, part in self.base.named_parameters()],
+            [(name, _checksum(part)) for name, part in self.base.named_parameters()],
+            sorted(self.tokenizer.get_vocab().items()),
             [part.frame.to_csv() for part in (self.splits.defence, self.splits.attack)],
             [
                 None if t is None else t.to_csv()
@@ -227,6 +231,11 @@ def testbed(
 
 # Not a test, though pytest would take its name for one.
 setattr(testbed, "__test__", False)  # noqa: B010
+
+
+def _checksum(weight: Tensor) -> int:
+    # Of the bytes: a sum depends on how many threads have added it up.
+    return zlib.crc32(weight.detach().cpu().contiguous().view(torch.uint8).numpy())
 
 
 def _known(columns: Mapping[str, str]) -> Mapping[str, str]:

@@ -44,7 +44,7 @@ def start(own, tmp_path):
     """Start commands, each in a group of processes of its own; in the end nothing is left."""
     begun = []
 
-    def of(*words, kit=ROOT, **how):
+    def of(*words, kit=ROOT):
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(kit)}
         log = tmp_path / f"err {len(begun)}"
         with log.open("w") as errors:
@@ -56,7 +56,8 @@ def start(own, tmp_path):
                     stdout=subprocess.DEVNULL,
                     stderr=errors,
                     start_new_session=True,
-                    **how,
+                    # Heard, even where these tests run in the background of a shell.
+                    preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
                 )
             )
         begun[-1].log = log
@@ -72,11 +73,11 @@ def start(own, tmp_path):
 def grid(start, own, tmp_path):
     """Start the command on what a user brings."""
 
-    def of(store, out, *words, **how):
+    def of(store, out, *words):
         given = ["--model", own / "model", "--pairs", own / "pairs.json"]
         given += ["--retain", own / "retain.json", "--seeds", 1]
         given += ["--store", tmp_path / store, "--out", tmp_path / out, *words]
-        return start("-m", "repnoise_kit", "grid", "resistance", *given, **how)
+        return start("-m", "repnoise_kit", "grid", "resistance", *given)
 
     return of
 
@@ -98,10 +99,14 @@ def calm(own, tmp_path_factory):
 
 
 def tables(out):
+    """What a command wrote: tables byte for byte, and how they were made, but for the command."""
     found = {path.name: path.read_bytes() for path in out.iterdir()}
     assert set(found) == {
         f"resistance{rest}" for rest in (".csv", ".json", "_questions.parquet", "_questions.json")
     }
+    for name in ("resistance.json", "resistance_questions.json"):
+        found[name] = json.loads(found[name])
+        assert found[name].pop("command")
     return found
 
 
