@@ -120,11 +120,9 @@ def _bed(arguments: argparse.Namespace) -> "Testbed":
 
 
 def _writable(folder: str) -> Path:
-    from repnoise_kit.store import written_whole
+    from repnoise_kit.store import check_writable
 
-    with written_whole(Path(folder) / ".writable") as probe:
-        probe.touch()
-    (Path(folder) / ".writable").unlink()
+    check_writable(Path(folder))
     return Path(folder)
 
 

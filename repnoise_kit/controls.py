@@ -14,6 +14,7 @@ from repnoise_kit.model import parts, seeded
 from repnoise_kit.results import Result
 from repnoise_kit.testbeds import Testbed
 
+NO_UTILITY = "matched weight noise needs a measure of utility; give the testbed a retain set"
 HALVINGS = 7
 LARGEST = 16.0
 
@@ -70,9 +71,7 @@ def weight_noise_matched_(
         KitError: the testbed has no everyday questions to measure utility on.
     """
     if bed.everyday is None:
-        raise KitError(
-            "matched weight noise needs a measure of utility; give the testbed a retain set"
-        )
+        raise KitError(NO_UTILITY)
     wanted = _utility(like, bed)
     direction = _direction(model, like, seed)
     start = {name: weight.detach().clone() for name, weight in model.named_parameters()}

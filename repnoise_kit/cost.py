@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from repnoise_kit.attacks import attack_
 from repnoise_kit.bench import Bench
-from repnoise_kit.defences import DEFENCES, NEED_A_MODEL
+from repnoise_kit.defences import able
 from repnoise_kit.errors import KitError
 from repnoise_kit.evaluation import evaluate
 from repnoise_kit.grid import Cell, run
@@ -34,7 +34,7 @@ def cost_grid(
     seeds: Sequence[int],
     store: Path | str | None = None,
     *,
-    defences: Sequence[str] = tuple(DEFENCES),
+    defences: Sequence[str] | None = None,
     attacks: Sequence[str] = tuple(TIMES),
     workers: int = 1,
     scheduler: str | None = None,
@@ -46,7 +46,8 @@ def cost_grid(
         bed: The testbed; the attack takes `lr` and `batch_size` from its `settings["attack"]`.
         seeds: Each varies the defence, the attack, and the order of their data.
         store: A folder, which other processes and machines may share; by default in the cache.
-        defences: Names of `DEFENCES`. Relearning is also done by the `naive` model, which never
+        defences: Names of `DEFENCES`; by default all that the testbed can do (matched weight noise
+            needs a retain set). Relearning is also done by the `naive` model, which never
             knew, where the testbed has one.
         attacks: `fine-tuning`, for ten times the largest budget of Table 1; `relearning`, for
             four times.
@@ -61,8 +62,8 @@ def cost_grid(
     """
     if unknown := [name for name in attacks if name not in TIMES]:
         raise KitError(f"there is no attack {unknown[0]!r}; there are {', '.join(TIMES)}")
+    first = able(bed, defences)
     bench = Bench.of(bed, store)
-    first = sorted(defences, key=lambda name: (name != "repnoise", name in NEED_A_MODEL))
     cells = [
         Cell(path, {"defence": name, "seed": seed, "attack": attack, "steps": steps(bed, attack)})
         for attack in attacks

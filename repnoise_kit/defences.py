@@ -1,7 +1,7 @@
 """Defend a model before its release: every method by name, all of one shape."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -149,6 +149,23 @@ DEFENCES: dict[str, Defence] = {
 
 NEED_A_MODEL = ("weight_noise", "weight_noise_matched")
 """The controls that need the model RepNoise defends, to be as far from the base, or as useful."""
+
+
+def able(bed: Testbed, names: Sequence[str] | None = None) -> list[str]:
+    """Return these defences, RepNoise first and those made like it last; by default all there are.
+
+    Raises:
+        KitError: an unknown name, or one that the testbed cannot do; by default that is left out.
+    """
+    for name in names or ():
+        if name not in DEFENCES:
+            raise KitError(f"there is no defence {name!r}; there are {', '.join(DEFENCES)}")
+    if bed.everyday is None and "weight_noise_matched" in (names or ()):
+        raise KitError(controls.NO_UTILITY)
+    chosen = list(names or DEFENCES)
+    if bed.everyday is None and names is None:
+        chosen.remove("weight_noise_matched")
+    return sorted(chosen, key=lambda name: (name != "repnoise", name in NEED_A_MODEL))
 
 
 def _settings_of(method: str) -> set[str]:

@@ -23,6 +23,9 @@ from repnoise_kit.errors import KitError
 from repnoise_kit.results import Result
 from repnoise_kit.store import code_of, fingerprint, is_whole
 
+DEATHS = 3
+"""So many times in a row may workers die without a cell being finished."""
+
 
 @functools.cache
 def _code(module: str) -> str:
@@ -80,6 +83,7 @@ def run(
         desc=progress, total=len(cells), initial=len(done), unit="cell", mininterval=0.5,
         disable=progress is None,
     )  # fmt: skip
+    fruitless = 0
     with bar:
         while missing := [place for place in range(len(cells)) if place not in done]:
             before = len(done)
@@ -88,10 +92,11 @@ def run(
                     done.add(place)
                     bar.update()
             except TerminatedWorkerError as error:
-                if len(done) == before:
+                fruitless = 0 if len(done) > before else fruitless + 1
+                if fruitless == DEATHS:
                     raise KitError(
-                        "a worker process died (killed, or out of memory) before it finished any "
-                        "cell; use fewer workers. What is finished is kept: run the same again"
+                        f"worker processes died {DEATHS} times (killed, or out of memory) and no "
+                        "cell was finished; use fewer workers. What is done is kept: run it again"
                     ) from error
                 print("a worker process died; its cell is run again", file=sys.stderr)
     return [Result.load(cell.folder(bench) / "rows.parquet") for cell in cells]

@@ -9,8 +9,7 @@ import pandas as pd
 
 from repnoise_kit.attacks import attack_
 from repnoise_kit.bench import Bench
-from repnoise_kit.defences import DEFENCES, NEED_A_MODEL
-from repnoise_kit.errors import KitError
+from repnoise_kit.defences import DEFENCES, able
 from repnoise_kit.evaluation import evaluate
 from repnoise_kit.grid import Cell, run
 from repnoise_kit.results import Result, need, stack
@@ -27,7 +26,7 @@ def resistance_grid(
     seeds: Sequence[int],
     store: Path | str | None = None,
     *,
-    defences: Sequence[str] = tuple(DEFENCES),
+    defences: Sequence[str] | None = None,
     workers: int = 1,
     scheduler: str | None = None,
     progress: str | None = None,
@@ -42,7 +41,8 @@ def resistance_grid(
         seeds: Each varies the defence, the attack, and the order of their data. Defences share the
             seeds and the data of the attack.
         store: A folder, which other processes and machines may share; by default in the cache.
-        defences: Names of `DEFENCES`.
+        defences: Names of `DEFENCES`; by default all that the testbed can do (matched weight noise
+            needs a retain set).
         workers: Processes.
         scheduler: Address of a Dask scheduler, in place of processes.
         progress: Words for a bar; no bar without.
@@ -51,12 +51,9 @@ def resistance_grid(
         One row a question and metric: what `evaluate` returns, with `defence, lr, examples` (both
         0 before any attack), `seed`. An attack that diverged is judged by its last good weights.
     """
-    for name in defences:
-        if name not in DEFENCES:
-            raise KitError(f"there is no defence {name!r}; there are {', '.join(DEFENCES)}")
-    bench = Bench.of(bed, store)
     # What others wait for comes first: the defended models, RepNoise's before those made like it.
-    first = sorted(defences, key=lambda name: (name != "repnoise", name in NEED_A_MODEL))
+    first = able(bed, defences)
+    bench = Bench.of(bed, store)
     cells = [
         Cell(attacked, {"defence": name, "seed": seed, "lr": lr, "examples": examples})
         for lr, examples in [(0.0, 0), *budgets(bed)]

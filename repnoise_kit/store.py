@@ -63,11 +63,17 @@ def written_whole(target: Path | str) -> Generator[Path]:
         shutil.rmtree(room, ignore_errors=True)
 
 
+def check_writable(folder: Path) -> None:
+    """Refuse a folder, made now where it is not there, that cannot be written to."""
+    with written_whole(folder / ".writable") as probe:
+        probe.touch()
+    (folder / ".writable").unlink(missing_ok=True)
+
+
 @contextmanager
 def one_maker(target: Path) -> Generator[None]:
     """Let one process at a time make `target`; the system frees the lock of one that dies."""
-    with written_whole(target.parent / ".writable") as probe:
-        probe.touch()
+    check_writable(target.parent)
     with FileLock(target.with_name(target.name + ".lock")):
         yield
 

@@ -211,7 +211,8 @@ def testbed(
         kept, everyday = _hold_out(rows, seed)
     bed = Testbed(
         name=name or Path(model).name,
-        source=model,
+        # A worker may be started in another folder.
+        source=Path(model).absolute() if Path(model).is_dir() else model,
         splits=splits,
         retain=kept,
         everyday=everyday,

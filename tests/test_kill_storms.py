@@ -44,8 +44,9 @@ def start(own, tmp_path):
     """Start commands, each in a group of processes of its own; in the end nothing is left."""
     begun = []
 
-    def of(*words, kit=ROOT):
-        environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(kit)}
+    def of(*words, kit=ROOT, **variables):
+        paths = os.pathsep.join(map(str, (kit, ROOT / "tests")))
+        environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": paths} | variables
         log = tmp_path / f"err {len(begun)}"
         with log.open("w") as errors:
             begun.append(
@@ -313,15 +314,37 @@ def test_other_code_gives_another_result_and_the_old_code_the_old_one(start, own
     assert computed("reworded.parquet", reworded) == (0, first)
 
 
+LETHAL = """
+import sys
+from pathlib import Path
+
+import cells
+import repnoise_kit as rk
+from repnoise_kit.grid import Cell, run
+
+own, store, log = map(Path, sys.argv[1:4])
+bed = rk.testbed(own / "model", own / "pairs.json", retain=own / "retain.json")
+cell = Cell(cells.lethal, {"log": str(log), "name": "x", "deaths": 99})
+try:
+    run([cell], rk.Bench.of(bed, store), scheduler=sys.argv[4])
+except rk.KitError as error:
+    print(error, file=sys.stderr)
+    sys.exit(2)
+"""
+
+
 @pytest.fixture
 def cluster(start, tmp_path):
     """Start a Dask scheduler and workers with some threads each; return its address."""
     pytest.importorskip("distributed")
 
-    def of(*threads):
+    def of(*threads, **variables):
         told = tmp_path / "scheduler.json"
-        start("-m", "dask", "scheduler", "--host", "127.0.0.1", "--port", 0, "--no-dashboard",
-              "--no-show", "--idle-timeout", "120s", "--scheduler-file", told)  # fmt: skip
+        scheduler = start(
+            *("-m", "dask", "scheduler", "--host", "127.0.0.1", "--port", 0, "--no-dashboard"),
+            *("--no-show", "--idle-timeout", "120s", "--scheduler-file", told),
+            **variables,
+        )
         assert wait_until(told.exists)
         assert wait_until(lambda: told.read_text().endswith("}"))
         address = json.loads(told.read_text())["address"]
@@ -333,7 +356,7 @@ def cluster(start, tmp_path):
         ]  # fmt: skip
         for worker in workers:
             assert wait_until(lambda worker=worker: "Registered to" in said(worker))
-        return address, workers
+        return address, scheduler, workers
 
     return of
 
@@ -342,7 +365,7 @@ class TestDask:
     # Not a number of processes, which would share no random state: `2` is one with two threads.
     @pytest.mark.parametrize("threads", [(1, 1), (2,)])
     def test_its_table_is_that_of_one_process(self, grid, cluster, calm, tmp_path, threads):
-        address, _ = cluster(*threads)
+        address, *_ = cluster(*threads)
         command = grid("store", "out", "--scheduler", address)
         assert command.wait(LIMIT) == 0
         check_words(command)
@@ -351,7 +374,7 @@ class TestDask:
         assert f"{CELLS}/{CELLS}" in said(command)
 
     def test_a_worker_and_then_the_command_are_killed(self, grid, cluster, calm, tmp_path):
-        address, (one, _) = cluster(1, 1)
+        address, _, (one, _) = cluster(1, 1)
         draw, store = random.Random(0), tmp_path / "store"
         command = grid("store", "out", "--scheduler", address)
         assert wait_until(lambda: len(folders(store)) > 4)
@@ -370,8 +393,31 @@ class TestDask:
         check_store(store, made)
         assert tables(tmp_path / "out") == calm
 
+    def test_a_scheduler_that_is_killed_is_said_and_what_is_finished_kept(
+        self, grid, cluster, calm, tmp_path
+    ):
+        address, scheduler, _ = cluster(1, 1)
+        store = tmp_path / "store"
+        command = grid("store", "out", "--scheduler", address)
+        assert wait_until(lambda: len(folders(store)) > 4)
+        strike(scheduler, "all")
+        assert command.wait(LIMIT) == 2
+        # Dask says much of its own before.
+        assert said(command).splitlines()[-1].startswith("repnoise_kit: the Dask scheduler at")
+        made = whole(store)
+        assert grid("store", "out").wait(LIMIT) == 0
+        check_store(store, made)
+        assert tables(tmp_path / "out") == calm
+
+    def test_a_cell_that_kills_its_workers_is_said(self, start, own, cluster, tmp_path):
+        address, *_ = cluster(1, 1, DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES="0")
+        command = start("-c", LETHAL, own, tmp_path / "store", tmp_path / "log", address)
+        assert command.wait(LIMIT) == 2
+        assert said(command).startswith("worker processes of the cluster died")
+        assert (tmp_path / "log").read_text() == "x\n"
+
     def test_a_scheduler_without_workers_is_said_in_one_line(self, grid, cluster, tmp_path):
-        address, _ = cluster()
+        address, *_ = cluster()
         command = grid("store", "out", "--scheduler", address)
         assert command.wait(LIMIT) == 2
         refused(command, "workers")

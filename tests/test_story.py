@@ -1,6 +1,7 @@
 """The kit's main claim on the lab, and what evaluation, attack and defence promise around it."""
 
 import copy
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -144,7 +145,8 @@ class TestDefence:
             seen.extend(questions(harmful))
             return rk.repnoise_loss(model, harmful, harmless, retain=retain, **loss)
 
-        monkeypatch.setattr(defences, "repnoise_loss", watch)
+        watched = partial(defences._train_on_pairs, loss=watch)
+        monkeypatch.setitem(defences.DEFENCES, "repnoise", watched)
         rk.defend_(lab.model(), lab, examples=16, batch_size=4)
         assert len(set(seen)) == 16
         assert all(text.endswith("answer :") for text in seen)
@@ -172,7 +174,7 @@ class TestDefence:
 
         with pytest.raises(rk.KitError, match="no defence 'magic'"):
             rk.defend_(lab.model(), lab, method="magic")
-        with pytest.raises(rk.KitError, match="no knob 'betta'"):
+        with pytest.raises(rk.KitError, match="no setting 'betta'"):
             rk.defend_(lab.model(), lab, betta=1.0, examples=8)
         with pytest.raises(rk.KitError, match="99999 examples"):
             rk.defend_(lab.model(), lab, examples=99_999)

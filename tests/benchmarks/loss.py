@@ -32,7 +32,7 @@ def main() -> None:
     print(f"{'':12}{'seconds':>9}{'of published':>14}{'peak GB':>9}{'of published':>14}")
     for form, (seconds, memory) in found.items():
         shares = f"{seconds / base[0]:14.2f}{memory:9.2f}{memory / base[1]:14.2f}"
-        print(f"{form:12}{seconds:9.2f}{shares}")
+        print(f"{form:12}{seconds:9.4f}{shares}")
 
 
 def measure(arguments: argparse.Namespace) -> tuple[float, float]:
