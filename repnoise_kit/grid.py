@@ -7,6 +7,7 @@ written whole or not at all. So to go on after any interruption is to run the sa
 import functools
 import importlib.util
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -129,6 +130,8 @@ def _backend(workers: int, scheduler: str | None) -> joblib.parallel_config:
 
 # Each worker opens a testbed once: its model, tokenizer and classifier serve all of its cells.
 _OPEN: dict[tuple[str, Path], Bench] = {}
+# A Dask worker may have several threads, and training draws from the process's random state.
+_ONE_AT_A_TIME = threading.Lock()
 
 
 def _alone(place: int, cell: Cell, bench: Bench) -> int:
@@ -137,6 +140,7 @@ def _alone(place: int, cell: Cell, bench: Bench) -> int:
             "a worker has another version of the kit or of Python than the command that sent it "
             "work; start the workers again with the same"
         )
-    torch.set_num_threads(1)
-    cell.compute(_OPEN.setdefault((bench.mark, bench.store), bench))
+    with _ONE_AT_A_TIME:
+        torch.set_num_threads(1)
+        cell.compute(_OPEN.setdefault((bench.mark, bench.store), bench))
     return place
