@@ -5,7 +5,6 @@ written whole or not at all. So to go on after any interruption is to run the sa
 """
 
 import functools
-import importlib.util
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -77,7 +76,7 @@ def run(
         progress: Words for a bar of cells done, with the time left; no bar without.
 
     Raises:
-        KitError: a worker process dies again and again, or no scheduler answers.
+        KitError: a worker process dies again and again, or no scheduler answers or has workers.
     """
     done = {place for place, cell in enumerate(cells) if is_whole(cell.folder(bench))}
     bar = tqdm(
@@ -107,25 +106,61 @@ def _computed(
     cells: Sequence[Cell], missing: Sequence[int], bench: Bench, workers: int, scheduler: str | None
 ) -> Iterator[int]:
     """Compute cells and yield the place of each as it is finished."""
-    if workers == 1 and scheduler is None:
+    if scheduler is not None:
+        yield from _on_cluster(cells, missing, bench, scheduler)
+        return
+    if workers == 1:
         for place in missing:
             cells[place].compute(bench)
             yield place
         return
     tasks = (joblib.delayed(_alone)(place, cells[place], bench) for place in missing)
-    with _backend(workers, scheduler):
+    with joblib.parallel_config("loky", n_jobs=workers, inner_max_num_threads=1):
         yield from joblib.Parallel(return_as="generator_unordered", batch_size=1)(tasks)
 
 
-def _backend(workers: int, scheduler: str | None) -> joblib.parallel_config:
-    if scheduler is None:
-        return joblib.parallel_config("loky", n_jobs=workers, inner_max_num_threads=1)
-    if importlib.util.find_spec("distributed") is None:
-        raise KitError("--scheduler needs Dask: pip install 'repnoise-kit[cluster]'")
+def _on_cluster(
+    cells: Sequence[Cell], missing: Sequence[int], bench: Bench, scheduler: str
+) -> Iterator[int]:
+    """Compute cells on a Dask cluster: by Dask itself, for joblib waits forever for a lost task."""
     try:
-        return joblib.parallel_config("dask", scheduler_host=scheduler, wait_for_workers_timeout=60)
-    except (OSError, TimeoutError, ValueError) as error:
+        import distributed
+    except ImportError as error:
+        raise KitError("--scheduler needs Dask: pip install 'repnoise-kit[cluster]'") from error
+    with _client(scheduler) as client:
+        tasks = [client.submit(_alone, n, cells[n], bench, pure=False) for n in missing]
+        for task in distributed.as_completed(tasks):
+            try:
+                yield task.result()
+            except distributed.KilledWorker as error:
+                raise KitError(
+                    "worker processes of the cluster died (killed, or out of memory) again and "
+                    "again at one cell. What is finished is kept: run the same again"
+                ) from error
+            except distributed.CancelledError as error:
+                raise KitError(
+                    f"the Dask scheduler at {scheduler} is gone. What is finished is kept: run the "
+                    "same again"
+                ) from error
+
+
+def _client(scheduler: str) -> Any:
+    from distributed import Client
+    from distributed.comm import get_address_host_port
+    from distributed.core import coerce_to_address
+
+    try:
+        # A client of what is no address would wait a minute for itself, and fail once more at exit.
+        get_address_host_port(coerce_to_address(scheduler), strict=True)
+        client = Client(scheduler)
+    except (OSError, ValueError) as error:
         raise KitError(f"no Dask scheduler answers at {scheduler}; check the address") from error
+    try:
+        client.wait_for_workers(1, timeout=60)
+    except TimeoutError as error:
+        client.close()
+        raise KitError(f"the Dask scheduler at {scheduler} has no workers; start some") from error
+    return client
 
 
 # Each worker opens a testbed once: its model, tokenizer and classifier serve all of its cells.

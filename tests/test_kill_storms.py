@@ -180,7 +180,7 @@ def check_words(command):
     assert "Traceback" not in said(command)
     if command.returncode == 2:
         last = said(command).splitlines()[-1]
-        assert last.startswith("repnoise_kit: worker processes died")
+        assert last.startswith("repnoise_kit: worker processes")
         assert last.endswith("again")
     else:
         assert command.returncode in (0, -signal.SIGKILL)
@@ -364,7 +364,8 @@ def cluster(start, tmp_path):
 
 
 class TestDask:
-    @pytest.mark.parametrize("threads", [(1, 1)])
+    # Not a number of processes, which would share no random state: `2` is one with two threads.
+    @pytest.mark.parametrize("threads", [(1, 1), (2,)])
     def test_its_table_is_that_of_one_process(self, grid, cluster, calm, tmp_path, threads):
         address, *_ = cluster(*threads)
         command = grid("store", "out", "--scheduler", address)
@@ -374,7 +375,56 @@ class TestDask:
         assert tables(tmp_path / "out") == calm
         assert f"{CELLS}/{CELLS}" in said(command)
 
-    @pytest.mark.parametrize("address", ["tcp://127.0.0.1:9"])
+    def test_a_worker_and_then_the_command_are_killed(self, grid, cluster, calm, tmp_path):
+        address, _, (one, _) = cluster(1, 1)
+        draw, store = random.Random(0), tmp_path / "store"
+        command = grid("store", "out", "--scheduler", address)
+        assert wait_until(lambda: len(folders(store)) > 4)
+        at_random_moment(command, store, draw)
+        made = whole(store)
+        strike(one, "all")
+        assert wait_until(lambda: len(folders(store)) > len(made) + 4)
+        at_random_moment(command, store, draw)
+        assert command.poll() is None
+        assert whole(store).items() >= made.items()
+        made = whole(store)
+        strike(command, "all")
+        command = grid("store", "out", "--scheduler", address)
+        assert command.wait(LIMIT) == 0
+        check_words(command)
+        check_store(store, made)
+        assert tables(tmp_path / "out") == calm
+
+    def test_a_scheduler_that_is_killed_is_said_and_what_is_finished_kept(
+        self, grid, cluster, calm, tmp_path
+    ):
+        address, scheduler, _ = cluster(1, 1)
+        store = tmp_path / "store"
+        command = grid("store", "out", "--scheduler", address)
+        assert wait_until(lambda: len(folders(store)) > 4)
+        strike(scheduler, "all")
+        assert command.wait(LIMIT) == 2
+        # Dask says much of its own before.
+        assert said(command).splitlines()[-1].startswith("repnoise_kit: the Dask scheduler at")
+        made = whole(store)
+        assert grid("store", "out").wait(LIMIT) == 0
+        check_store(store, made)
+        assert tables(tmp_path / "out") == calm
+
+    def test_a_cell_that_kills_its_workers_is_said(self, start, own, cluster, tmp_path):
+        address, *_ = cluster(1, 1, DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES="0")
+        command = start("-c", LETHAL, own, tmp_path / "store", tmp_path / "log", address)
+        assert command.wait(LIMIT) == 2
+        assert said(command).startswith("worker processes of the cluster died")
+        assert (tmp_path / "log").read_text() == "x\n"
+
+    def test_a_scheduler_without_workers_is_said_in_one_line(self, grid, cluster, tmp_path):
+        address, *_ = cluster()
+        command = grid("store", "out", "--scheduler", address)
+        assert command.wait(LIMIT) == 2
+        refused(command, "workers")
+
+    @pytest.mark.parametrize("address", ["tcp://127.0.0.1:9", "nonsense", "http://127.0.0.1:9"])
     def test_a_wrong_address_is_said_in_one_line(self, grid, tmp_path, address):
         pytest.importorskip("distributed")
         began = time.monotonic()
