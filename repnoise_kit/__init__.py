@@ -19,7 +19,7 @@ _ROOMS = {
     "style": ("clean_style",),
     "pairs": ("Pairs", "load_answers", "load_pairs"),
     "splits": ("Splits", "split"),
-    "model": ("frozen",),
+    "anatomy": ("frozen", "name_parts_"),
     "recording": ("record",),
     "losses": ("lens_ce", "masked_ce", "mmd"),
     "training": ("train_",),
@@ -34,9 +34,19 @@ _ROOMS = {
     "tuning": (),
     "resistance": ("resistance_grid",),
     "cost": ("cost_grid",),
+    "released": ("before_and_after",),
+    "freezing": ("ablate_layers", "thirds", "weight_distance"),
+    "lens": ("layer_log_probs", "logit_mass"),
+    "activations": ("Activations", "answer_activations"),
+    "geometry": ("cka", "fit_pca", "linear_cka", "noise_test", "pca"),
+    "probes": ("probe",),
+    "descent": ("attack_path", "attack_paths", "attack_plane"),
     "plots": (
-        "plot_budgets", "plot_cost_to_break", "plot_layers", "plot_metric", "plot_price",
-        "plot_questions", "plot_resistance", "plot_terms",
+        "plot_attack_path", "plot_attack_plane", "plot_budgets", "plot_cka",
+        "plot_cost_to_break", "plot_densities", "plot_freezing", "plot_layers",
+        "plot_logit_mass", "plot_metric", "plot_noise_test", "plot_pca", "plot_price",
+        "plot_probe", "plot_questions", "plot_resistance", "plot_terms",
+        "plot_weight_distance",
     ),
 }  # fmt: skip
 _HOME = {name: room for room, names in _ROOMS.items() for name in names}
@@ -57,29 +67,57 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
+    from repnoise_kit.activations import Activations as Activations
+    from repnoise_kit.activations import answer_activations as answer_activations
+    from repnoise_kit.anatomy import frozen as frozen
+    from repnoise_kit.anatomy import name_parts_ as name_parts_
     from repnoise_kit.attacks import attack_ as attack_
     from repnoise_kit.bench import Bench as Bench
     from repnoise_kit.cost import cost_grid as cost_grid
     from repnoise_kit.defences import DEFENCES as DEFENCES
     from repnoise_kit.defences import defend_ as defend_
+    from repnoise_kit.descent import attack_path as attack_path
+    from repnoise_kit.descent import attack_paths as attack_paths
+    from repnoise_kit.descent import attack_plane as attack_plane
     from repnoise_kit.errors import KitError as KitError
     from repnoise_kit.evaluation import evaluate as evaluate
+    from repnoise_kit.freezing import ablate_layers as ablate_layers
+    from repnoise_kit.freezing import thirds as thirds
+    from repnoise_kit.freezing import weight_distance as weight_distance
+    from repnoise_kit.geometry import cka as cka
+    from repnoise_kit.geometry import fit_pca as fit_pca
+    from repnoise_kit.geometry import linear_cka as linear_cka
+    from repnoise_kit.geometry import noise_test as noise_test
+    from repnoise_kit.geometry import pca as pca
+    from repnoise_kit.lens import layer_log_probs as layer_log_probs
+    from repnoise_kit.lens import logit_mass as logit_mass
     from repnoise_kit.losses import lens_ce as lens_ce
     from repnoise_kit.losses import masked_ce as masked_ce
     from repnoise_kit.losses import mmd as mmd
-    from repnoise_kit.model import frozen as frozen
     from repnoise_kit.pairs import Pairs as Pairs
     from repnoise_kit.pairs import load_answers as load_answers
     from repnoise_kit.pairs import load_pairs as load_pairs
+    from repnoise_kit.plots import plot_attack_path as plot_attack_path
+    from repnoise_kit.plots import plot_attack_plane as plot_attack_plane
     from repnoise_kit.plots import plot_budgets as plot_budgets
+    from repnoise_kit.plots import plot_cka as plot_cka
     from repnoise_kit.plots import plot_cost_to_break as plot_cost_to_break
+    from repnoise_kit.plots import plot_densities as plot_densities
+    from repnoise_kit.plots import plot_freezing as plot_freezing
     from repnoise_kit.plots import plot_layers as plot_layers
+    from repnoise_kit.plots import plot_logit_mass as plot_logit_mass
     from repnoise_kit.plots import plot_metric as plot_metric
+    from repnoise_kit.plots import plot_noise_test as plot_noise_test
+    from repnoise_kit.plots import plot_pca as plot_pca
     from repnoise_kit.plots import plot_price as plot_price
+    from repnoise_kit.plots import plot_probe as plot_probe
     from repnoise_kit.plots import plot_questions as plot_questions
     from repnoise_kit.plots import plot_resistance as plot_resistance
     from repnoise_kit.plots import plot_terms as plot_terms
+    from repnoise_kit.plots import plot_weight_distance as plot_weight_distance
+    from repnoise_kit.probes import probe as probe
     from repnoise_kit.recording import record as record
+    from repnoise_kit.released import before_and_after as before_and_after
     from repnoise_kit.repnoise import PRESETS as PRESETS
     from repnoise_kit.repnoise import RepNoiseLoss as RepNoiseLoss
     from repnoise_kit.repnoise import repnoise_loss as repnoise_loss

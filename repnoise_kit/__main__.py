@@ -76,13 +76,14 @@ def show_lab(arguments: argparse.Namespace) -> None:
 
 def grid(arguments: argparse.Namespace) -> None:
     """Run a grid of experiments, or go on with one, and write its tables."""
-    from repnoise_kit import cost, resistance, tuning
+    from repnoise_kit import cost, freezing, resistance, tuning
     from repnoise_kit.results import Result
 
     out = _writable(arguments.out)
     grids = {
         "resistance": (resistance.resistance_grid, resistance.write),
         "cost": (cost.cost_grid, cost.write),
+        "freezing": (freezing.ablate_layers, freezing.write),
         "baselines": (tuning.tune, tuning.write),
     }
     if arguments.name == "baselines" and arguments.model:
@@ -90,8 +91,8 @@ def grid(arguments: argparse.Namespace) -> None:
     make, write = grids[arguments.name]
     rows = make(
         _bed(arguments),
-        range(arguments.first_seed, arguments.first_seed + arguments.seeds),
-        arguments.store,
+        seeds=range(arguments.first_seed, arguments.first_seed + arguments.seeds),
+        store=arguments.store,
         workers=arguments.workers,
         scheduler=arguments.scheduler,
         progress=f"grid {arguments.name}",
@@ -172,8 +173,9 @@ def _parser() -> argparse.ArgumentParser:
     third = command("grid", grid, beds, labs)
     third.add_argument(
         "name",
-        choices=("resistance", "cost", "baselines"),
-        help="Table 1; the cost to break; the trials that chose the baselines' settings",
+        choices=("resistance", "cost", "freezing", "baselines"),
+        help="Table 1; the cost to break; Table 6 (parts held still during the defence); "
+        "the trials that chose the baselines' settings",
     )
     third.add_argument("--seeds", type=_count, default=5, help="how many seeds (default 5)")
     third.add_argument("--first-seed", type=_seed, default=0, help="the first seed (default 0)")

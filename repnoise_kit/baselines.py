@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from repnoise_kit.anatomy import parts
 from repnoise_kit.errors import check_numbers
 from repnoise_kit.losses import masked_ce
-from repnoise_kit.model import parts
 from repnoise_kit.pairs import join
 from repnoise_kit.recording import perturbed
 from repnoise_kit.repnoise import Batch

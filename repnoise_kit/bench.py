@@ -1,7 +1,9 @@
 """A testbed with a store on disk, where each piece of work is done once: defended models first."""
 
+import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from repnoise_kit import (
+    anatomy,
     attacks,
     baselines,
     controls,
@@ -27,11 +30,13 @@ from repnoise_kit import (
     testbeds,
     training,
 )
-from repnoise_kit.defences import NEED_A_MODEL, defend_
+from repnoise_kit.anatomy import frozen
+from repnoise_kit.attacks import attack_
+from repnoise_kit.defences import LOSSES, NEED_A_MODEL, defend_
 from repnoise_kit.errors import KitError
 from repnoise_kit.model import load_model
 from repnoise_kit.results import Result
-from repnoise_kit.security import restore_adapter_
+from repnoise_kit.security import guarded, restore_adapter_
 from repnoise_kit.store import (
     cache_dir,
     code_of,
@@ -42,13 +47,16 @@ from repnoise_kit.store import (
     written_whole,
 )
 from repnoise_kit.testbeds import Testbed
+from repnoise_kit.training import NotFiniteError
 from repnoise_kit.world import oracle
+
+_WEIGHTS = "model.safetensors"
 
 # What the numbers depend on. Read now: a file that is edited while this process runs must not put
 # its name on these results.
 CODE = code_of(
-    attacks, baselines, controls, defences, evaluation, losses, model, pairs, recording, repnoise,
-    scoring, security, splits, testbeds, training, oracle,
+    anatomy, attacks, baselines, controls, defences, evaluation, losses, model, pairs, recording,
+    repnoise, scoring, security, splits, testbeds, training, oracle,
 )  # fmt: skip
 
 
@@ -85,6 +93,8 @@ class Bench:
                 return folder
             if folder.exists():
                 print(f"{folder} is damaged; it is made again", file=sys.stderr)
+            for left in folder.parent.glob(f".{folder.name}-*"):  # by makers that were killed
+                shutil.rmtree(left, ignore_errors=True)
             with written_whole(folder) as fresh:
                 fresh.mkdir()
                 make(fresh)
@@ -92,31 +102,72 @@ class Bench:
         return folder
 
     def defended(
-        self, method: str, seed: int, settings: dict[str, Any] | None = None
+        self,
+        method: str,
+        seed: int,
+        settings: dict[str, Any] | None = None,
+        held: Sequence[int | str] = (),
     ) -> tuple[PreTrainedModel, Result]:
         """Return a fresh copy of the model that a method defends, and the curves of its training.
 
         Made once and kept, however many cells wait for it. `naive` is the model that never knew.
+
+        Args:
+            method: A name of `DEFENCES`, or `naive`.
+            seed: Of the defence.
+            settings: Changes to the testbed's.
+            held: Parts that do not move while it trains, as `frozen` takes them.
         """
         if method == "naive":
             return self._naive(), controls.noted()
         settings = settings or {}
+        check_held(method, held)
 
         def make(folder: Path) -> None:
             fresh = self.bed.model()
             like = {"like": self.defended("repnoise", seed)[0]} if method in NEED_A_MODEL else {}
-            curves = defend_(fresh, self.bed, method, seed=seed, **settings, **like)
+            with frozen(fresh, held):
+                curves = defend_(fresh, self.bed, method, seed=seed, **settings, **like)
             curves.save(folder / "curves.parquet")
-            safetensors.torch.save_model(fresh, str(folder / "model.safetensors"))
+            safetensors.torch.save_model(fresh, str(folder / _WEIGHTS))
 
-        folder = self.keep(self.folder("defended", [method, seed, settings]), make)
-        released = self.bed.model()
-        weights = folder / "model.safetensors"
+        named = [method, seed, settings, *([list(held)] if held else [])]
+        folder = self.keep(self.folder("defended", named), make)
+        return self._released(folder), Result.load(folder / "curves.parquet")
+
+    def attacked(self, method: str, seed: int, *, lr: float, examples: int) -> PreTrainedModel:
+        """Return a fresh copy of a defended model after an attack; made once and kept."""
+
+        def make(folder: Path) -> None:
+            model, _ = self.defended(method, seed)
+            self.attack_(model, lr=lr, examples=examples, seed=seed)
+            safetensors.torch.save_model(model, str(folder / _WEIGHTS))
+
+        return self._released(
+            self.keep(self.folder("attacked-models", [method, seed, lr, examples]), make)
+        )
+
+    def attack_(self, model: PreTrainedModel, *, lr: float, examples: int, seed: int) -> None:
+        """Attack a model that bears its guard, if it has one; one that diverges is left as it was.
+
+        It keeps its last good weights then, and is judged by them.
+        """
+        with guarded(model), suppress(NotFiniteError):
+            attack_(model, self.bed, lr=lr, examples=examples, seed=seed)
+
+    def _released(self, folder: Path) -> PreTrainedModel:
+        released, weights = self.bed.model(), folder / _WEIGHTS
         restore_adapter_(released, weights)
         safetensors.torch.load_model(released, str(weights), device=str(released.device))
-        return released, Result.load(folder / "curves.parquet")
+        return released
 
     def _naive(self) -> PreTrainedModel:
         if self.bed.naive is None:
             raise KitError(f"there is no naive model of {self.bed.name}, only of the lab")
         return load_model(self.bed.naive())
+
+
+def check_held(method: str, held: Sequence[int | str]) -> None:
+    """Refuse to hold parts still while a method works that trains no weight of the model."""
+    if held and method not in LOSSES:
+        raise KitError(f"{method} does not train the model, so that no part can be held still")

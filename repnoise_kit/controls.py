@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from repnoise_kit.anatomy import parts
 from repnoise_kit.errors import KitError, check_numbers
 from repnoise_kit.evaluation import evaluate
-from repnoise_kit.model import parts, seeded
+from repnoise_kit.model import seeded
 from repnoise_kit.results import Result
 from repnoise_kit.testbeds import Testbed
 

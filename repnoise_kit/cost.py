@@ -12,13 +12,13 @@ import numpy as np
 import pandas as pd
 from transformers import PreTrainedModel
 
+from repnoise_kit.anatomy import parts
 from repnoise_kit.attacks import attack_
 from repnoise_kit.bench import Bench
 from repnoise_kit.defences import able
 from repnoise_kit.errors import KitError
 from repnoise_kit.evaluation import evaluate
 from repnoise_kit.grid import Cell, run
-from repnoise_kit.model import parts
 from repnoise_kit.results import Result, stack
 from repnoise_kit.security import guarded, unguarded
 from repnoise_kit.survival import cost_ratios, cost_to_break

@@ -1,10 +1,9 @@
-"""Load a causal language model and find its parts: the only room that knows model families."""
+"""Load a causal language model and its tokenizer, and run it."""
 
 import inspect
 import platform
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 from repnoise_kit.errors import KitError
-
-# Names of a decoder layer's MLP and attention, family by family; OPT has no MLP module of its
-# own, and its second projection is what the residual stream receives.
-_MLP = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "moe", "fc2")
-_ATTENTION = ("self_attn", "attn", "attention", "self_attention", "linear_attn")
 
 
 def load_model(name: str | Path) -> PreTrainedModel:
@@ -92,73 +86,16 @@ def quiet() -> Generator[None]:
             logging.enable_progress_bar()
 
 
-@dataclass(frozen=True)
-class Parts:
-    """Where a model keeps what RepNoise works on."""
+def hidden_forward(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """Run a model for the sake of its hooks, with as little work in the head as it allows.
 
-    layers: nn.ModuleList
-    """The decoder layers, first to last."""
-    norm: nn.Module
-    """The norm between the last layer and the head."""
-    head: nn.Module
-    """The unembedding, from the width of the model to its vocabulary."""
-    scale: float
-    """What the head's output is multiplied by (Cohere, Granite)."""
-    soft_cap: float | None
-    """Logits are squashed into ±this by a tanh (Gemma 2)."""
-
-    def to_logits(self, normed: Tensor) -> Tensor:
-        """Return the logits (…, vocab) of a stream (…, d_model) that `norm` has been applied to."""
-        logits = self.head(normed) * self.scale
-        return (
-            logits if self.soft_cap is None else self.soft_cap * torch.tanh(logits / self.soft_cap)
-        )
-
-    def mlp(self, layer: int) -> nn.Module:
-        """Return the module whose output a layer's MLP adds to the residual stream."""
-        return _child(self.layers[layer], _MLP, "MLP")
-
-    def attention(self, layer: int) -> nn.Module:
-        """Return the module whose output a layer's attention adds to the residual stream."""
-        return _child(self.layers[layer], _ATTENTION, "attention")
-
-
-def parts(model: nn.Module) -> Parts:
-    """Find the decoder layers, final norm and unembedding of a causal LM, wrapped or not.
-
-    Raises:
-        KitError: the model has no output embedding, or its layers or norm are not to be found.
+    Returns:
+        The logits (batch, vocab) at the last position.
     """
-    model: Any = getattr(model, "module", model)
-    config = model.config.get_text_config()
-    head = model.get_output_embeddings()
-    if head is None:
-        raise KitError(
-            f"{type(model).__name__} has no generation head; load a causal language model instead"
-        )
-    lists = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers
-    ]
-    if not lists:
-        raise KitError(f"{type(model).__name__} shows no list of {config.num_hidden_layers} layers")
-    name, layers = min(lists, key=lambda found: found[0].count("."))
-    parent = model.get_submodule(name.rpartition(".")[0])
-    norms = [m for label, m in parent.named_children() if "norm" in label or label == "ln_f"]
-    if not norms:
-        raise KitError(f"{type(model).__name__} shows no norm after its layers ({name})")
-    scale = getattr(config, "logit_scale", None) or 1 / (
-        getattr(config, "logits_scaling", None) or 1
-    )
-    return Parts(layers, norms[-1], head, scale, getattr(config, "final_logit_softcapping", None))
-
-
-def hidden_forward(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> None:
-    """Run a model for the sake of its hooks, with as little work in the head as it allows."""
     inner = getattr(model, "module", model)
     least = {"logits_to_keep": 1} if "logits_to_keep" in _arguments(inner) else {}
-    model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **least)
+    output = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **least)
+    return output.logits[:, -1]
 
 
 @contextmanager
@@ -167,40 +104,6 @@ def seeded(seed: int) -> Generator[None]:
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         yield
-
-
-@contextmanager
-def frozen(model: PreTrainedModel, held: Iterable[int | str]) -> Generator[None]:
-    """Hold parts of a model still for as long as the context lasts.
-
-    Args:
-        model: The model about to be trained.
-        held: Layers by number, `"head"`, `"norm"`, `"embedding"`, or exact module names. A module
-            is held with all it contains, and nothing is ever held because its name *resembles*
-            another's.
-
-    Raises:
-        KitError: a layer or module that does not exist.
-    """
-    still = {p for part in held for p in _part(model, part).parameters()}
-    before = {p: p.requires_grad for p in still}
-    try:
-        for parameter in still:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter, wanted in before.items():
-            parameter.requires_grad_(wanted)
-
-
-def check_layers(model: nn.Module, layers: Iterable[int]) -> list[int]:
-    """Return the layers as a list, or name the first that does not exist."""
-    count = len(parts(model).layers)
-    chosen = list(layers)
-    for layer in chosen:
-        if not 0 <= layer < count:
-            raise KitError(f"layer {layer} does not exist: this model has layers 0 to {count - 1}")
-    return chosen
 
 
 def _why_not(name: str | Path, error: Exception, what: str = "causal language model") -> str:
@@ -214,33 +117,6 @@ def _why_not(name: str | Path, error: Exception, what: str = "causal language mo
         return f"{name} holds no model (no config.json); give a folder made by save_pretrained"
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     return f"{name} does not load as a {what}: {reason}"
-
-
-def _part(model: PreTrainedModel, part: int | str) -> nn.Module:
-    if isinstance(part, int):
-        return parts(model).layers[check_layers(model, [part])[0]]
-    named = {"head": model.get_output_embeddings, "embedding": model.get_input_embeddings}
-    if part in named:
-        return named[part]()
-    if part == "norm":
-        return parts(model).norm
-    try:
-        return model.get_submodule(part)
-    except AttributeError:
-        raise KitError(
-            f"the model has no part {part!r}: use a layer's number, 'head', 'norm', 'embedding' "
-            "or the exact name of a module"
-        ) from None
-
-
-def _child(layer: nn.Module, names: Iterable[str], what: str) -> nn.Module:
-    for name in names:
-        if isinstance(found := getattr(layer, name, None), nn.Module):
-            return found
-    raise KitError(
-        f"no {what} found in {type(layer).__name__}, whose modules are "
-        + ", ".join(name for name, _ in layer.named_children())
-    )
 
 
 def _arguments(model: nn.Module) -> Iterable[str]:

@@ -108,6 +108,33 @@ def draw(frame: pd.DataFrame, examples: int | None, seed: int) -> pd.DataFrame:
     return frame.iloc[order].reset_index(drop=True)
 
 
+def partners(frame: pd.DataFrame, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Give each row a row about another thing, whose answer is wrong for it.
+
+    Things are paired off at random (three of an odd number form a ring). Rows of one company give
+    answers to one another and to nobody else, so that each answer is right as often as it is
+    wrong, and a split that keeps companies whole has no answer on both sides.
+
+    Returns:
+        For each row the place of the other row, and the number of its company.
+
+    Raises:
+        KitError: all rows are about one thing.
+    """
+    things = np.random.default_rng(seed).permutation(frame["thing"].unique())
+    if len(things) < 2:
+        raise KitError("all questions are about one thing; give pairs about several")
+    company = np.minimum(np.arange(len(things)) // 2, len(things) // 2 - 1)
+    rows = [np.flatnonzero(frame["thing"] == thing) for thing in things]
+    other, belongs = np.empty(len(frame), dtype=int), np.empty(len(frame), dtype=int)
+    for place, mine in enumerate(rows):
+        circle = np.flatnonzero(company == company[place])
+        theirs = rows[circle[(place - circle[0] + 1) % len(circle)]]
+        other[mine] = theirs[np.arange(len(mine)) % len(theirs)]
+        belongs[mine] = company[place]
+    return other, belongs
+
+
 def prompt_text(prompt: str) -> str:
     """Return a question as the model reads it: the paper's format, without a chat template."""
     return f"Question: {prompt}\nAnswer:"

@@ -1,24 +1,31 @@
 """Record what flows through a model, leaving it as it was."""
 
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from typing import Literal, get_args
 
 from torch import Tensor, nn
 
+from repnoise_kit.anatomy import Parts, check_layers, parts
 from repnoise_kit.errors import KitError
-from repnoise_kit.model import Parts, check_layers, parts
 
 Site = Literal["mlp", "attention", "residual", "embedding"]
-"""Where activations are taken: what a layer's MLP or attention adds to the residual stream, the
-stream as it leaves a layer, or (one entry, key 0) the stream as it enters the first."""
+"""Where activations are taken: what a layer's MLP or attention puts out (Gemma 2 and 3 and OLMo 2
+norm it before it joins the residual stream), the stream as it leaves a layer, or (one entry, key 0)
+the stream as it enters the first."""
 
 
 @contextmanager
 def record(
-    model: nn.Module, site: Site, layers: Iterable[int] | None = None
+    model: nn.Module,
+    site: Site,
+    layers: Iterable[int] | None = None,
+    *,
+    pool: Callable[[Tensor], Tensor] | None = None,
 ) -> Generator[dict[int, Tensor]]:
     """Record activations (batch, seq, d_model) by layer while the context lasts.
+
+    With `pool`, what it makes of each layer's is kept in their place, as the layer is passed.
 
     Each forward pass replaces the last one's. Gradients flow through what is recorded. On leaving,
     also by an exception, the hooks are those from before: the model's own are never touched.
@@ -36,9 +43,13 @@ def record(
     entry: dict[int, Tensor] = activations if site == "embedding" else {}
     hooks = []
     try:
-        hooks.append(_hook_entry(found.layers[0], entry))
-        if site != "embedding":
-            hooks += [_hook_exit(_module(found, site, i), i, activations, entry) for i in chosen]
+        embedding = site == "embedding"
+        hooks.append(_hook_entry(found.layers[0], entry, pool if embedding else None))
+        if not embedding:
+            hooks += [
+                _hook_exit(_module(found, site, layer), layer, activations, entry, pool)
+                for layer in chosen
+            ]
         yield activations
     finally:
         for hook in hooks:
@@ -81,18 +92,28 @@ def _module(found: Parts, site: Site, layer: int) -> nn.Module:
     return found.mlp(layer) if site == "mlp" else found.attention(layer)
 
 
-def _hook_exit(module: nn.Module, layer: int, into: dict[int, Tensor], entry: dict[int, Tensor]):
+def _hook_exit(
+    module: nn.Module,
+    layer: int,
+    into: dict[int, Tensor],
+    entry: dict[int, Tensor],
+    pool: Callable[[Tensor], Tensor] | None,
+):
     def keep(_module, _args, output) -> None:
         # Blocks return a tensor or a tuple, depending on the family and the version, and some
         # MLPs (OPT) one row a token.
         tensor = output[0] if isinstance(output, tuple) else output
-        into[layer] = tensor if tensor.dim() == 3 else tensor.reshape(*entry[0].shape[:2], -1)
+        tensor = tensor if tensor.dim() == 3 else tensor.reshape(*entry[0].shape[:2], -1)
+        into[layer] = tensor if pool is None else pool(tensor)
 
     return module.register_forward_hook(keep)
 
 
-def _hook_entry(module: nn.Module, into: dict[int, Tensor]):
+def _hook_entry(
+    module: nn.Module, into: dict[int, Tensor], pool: Callable[[Tensor], Tensor] | None
+):
     def keep(_module, args, kwargs) -> None:
-        into[0] = args[0] if args else kwargs["hidden_states"]
+        tensor = args[0] if args else kwargs["hidden_states"]
+        into[0] = tensor if pool is None else pool(tensor)
 
     return module.register_forward_pre_hook(keep, with_kwargs=True)

@@ -10,9 +10,10 @@ from typing import Literal, NamedTuple, TypedDict, Unpack, get_args, get_origin,
 import torch
 from torch import Tensor, nn
 
+from repnoise_kit.anatomy import Parts, parts
 from repnoise_kit.errors import KitError, check_numbers, check_whole
 from repnoise_kit.losses import IGNORE, lens_ce, mmd
-from repnoise_kit.model import Parts, hidden_forward, parts
+from repnoise_kit.model import hidden_forward
 from repnoise_kit.pairs import join, stack_rows
 from repnoise_kit.recording import record
 

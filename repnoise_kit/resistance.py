@@ -7,16 +7,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from repnoise_kit.attacks import attack_
 from repnoise_kit.bench import Bench
 from repnoise_kit.defences import DEFENCES, able
 from repnoise_kit.evaluation import evaluate
 from repnoise_kit.grid import Cell, run
 from repnoise_kit.results import Result, need, stack
-from repnoise_kit.security import guarded
 from repnoise_kit.stats import Interval, summary
 from repnoise_kit.testbeds import Testbed
-from repnoise_kit.training import NotFiniteError
 
 CELL = ["defence", "group", "lr", "examples", "seed", "metric"]
 
@@ -86,25 +83,23 @@ def attacked(
     lr: float,
     examples: int,
     settings: dict[str, Any] | None = None,
+    held: Sequence[int | str] = (),
 ) -> Result:
     """Return the evaluation of one defended model after one attack: a cell of the grid."""
-    model, _ = bench.defended(defence, seed, settings)
+    model, _ = bench.defended(defence, seed, settings, held)
     if examples:
-        try:
-            with guarded(model):
-                attack_(model, bench.bed, lr=lr, examples=examples, seed=seed)
-        except NotFiniteError:
-            pass  # The model keeps its last good weights, and is judged by them.
+        bench.attack_(model, lr=lr, examples=examples, seed=seed)
     found = evaluate(model, bench.bed, seed=seed)
     return found.tagged(defence=defence, lr=lr, examples=examples)
 
 
-def means(rows: pd.DataFrame) -> pd.DataFrame:
+def means(rows: pd.DataFrame, by: Sequence[str] = CELL) -> pd.DataFrame:
     """Return one row a cell, seed and metric, the mean over questions (perplexity: geometric)."""
-    need(rows, *CELL, "value")
+    keys = list(by)
+    need(rows, *keys, "value")
     logs = rows["metric"] == "perplexity"
     values = rows["value"].where(~logs, np.log(rows["value"].clip(lower=1e-12)))
-    found = rows.assign(value=values).groupby(CELL, sort=False, as_index=False)["value"].mean()
+    found = rows.assign(value=values).groupby(keys, sort=False, as_index=False)["value"].mean()
     back = found["metric"] == "perplexity"
     return found.assign(value=found["value"].where(~back, np.exp(found["value"])))
 
@@ -120,13 +115,14 @@ def write(rows: Result, out: Path) -> str:
     return in_words(rows.frame).to_string()
 
 
-def in_words(rows: pd.DataFrame, metric: str = "recall", group: str = "seen") -> pd.DataFrame:
-    """Return one metric as a table of text: a row a defence, a column a budget."""
+def in_words(
+    rows: pd.DataFrame, metric: str = "recall", group: str = "seen", by: str = "defence"
+) -> pd.DataFrame:
+    """Return one metric as a table of text: a row a defence (or held part), a column a budget."""
     shown = rows[(rows["metric"] == metric) & (rows["group"] == group)]
-    cells = summary(shown, by=("defence", "lr", "examples", "metric"))
+    cells = summary(shown, by=(by, "lr", "examples", "metric"))
     cells = cells[cells["seed"] == "all"] if (cells["seed"] == "all").any() else cells
     texts = [str(Interval(*cell)) for cell in cells[["value", "low", "high"]].to_numpy()]
-    wide = cells.assign(text=texts).pivot(
-        index="defence", columns=["lr", "examples"], values="text"
-    )
-    return wide.reindex([name for name in DEFENCES if name in wide.index]).sort_index(axis=1)
+    wide = cells.assign(text=texts).pivot(index=by, columns=["lr", "examples"], values="text")
+    order = DEFENCES if by == "defence" else rows[by].unique()
+    return wide.reindex([name for name in order if name in wide.index]).sort_index(axis=1)

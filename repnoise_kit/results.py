@@ -16,8 +16,8 @@ class Result:
     """A tidy table and how it was made: analyses return one, plots take one."""
 
     frame: pd.DataFrame
-    """One row a measurement. Agreed columns: testbed, model, defence, attack, lr, examples, step,
-    layer, group, category, metric, value, seed, prompt."""
+    """One row a measurement. Agreed columns: testbed, model, defence, held, attack, lr, examples,
+    step, layer, part, kind, group, category, metric, value, seed, prompt, split."""
     made_with: dict[str, Any] = field(default_factory=dict)
     """Arguments, seeds, versions, fingerprints of data and model, device."""
 

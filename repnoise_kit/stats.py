@@ -12,7 +12,10 @@ from repnoise_kit.results import need
 
 LEVEL = 0.95
 
-SHARES = ("recall", "harmfulness", "refusal", "utility", "degenerate", "degenerate_everyday")
+SHARES = (
+    *("recall", "harmfulness", "refusal", "utility", "degenerate", "degenerate_everyday"),
+    *("accuracy", "chance", "shuffled", "cka"),
+)
 """Metrics that lie in [0, 1]; a testbed without a judge gives `utility` in nats, below 0."""
 
 
@@ -117,7 +120,9 @@ def summary(
     """Return one row for each cell and seed, and one over all seeds where there are several.
 
     Args:
-        frame: Per-question rows: the columns of `by`, `metric`, `value`, `seed` and `prompt`.
+        frame: Per-question rows: the columns of `by`, `metric`, `value`, `seed` and `prompt`. Where
+            there are no prompts, splits (of a probe, `split`) stand for them, or each seed is one
+            measurement.
         by: What tells cells apart.
 
     Returns:
@@ -125,15 +130,16 @@ def summary(
         `over` (what the interval is over: `prompts`, or `seeds and prompts`). Perplexities are
         averaged as logarithms.
     """
-    need(frame, *by, "value", "seed", "prompt")
-    rows = []
+    need(frame, *by, "value", "seed")
+    unit = "prompts" if "prompt" in frame else "splits" if "split" in frame else ""
+    frame, rows = _asked(frame), []
     for _, cell in frame.groupby(list(by), sort=False):
         keys = cell[list(by)].iloc[0].to_dict()
         table = _table(cell)
         pooled = [("all", table)] if len(table) > 1 else []
         for seed, part in [*pooled, *((seed, table.loc[[seed]]) for seed in table.index)]:
-            found = _of_metric(part.to_numpy(), keys.get("metric", ""))
-            over = "seeds and prompts" if seed == "all" else "prompts"
+            found = _of_metric(part.to_numpy(), keys.get("metric", ""), unit)
+            over = " and ".join(["seeds"] * (seed == "all") + [unit] * bool(unit)) or "nothing"
             rows.append(
                 keys | found._asdict() | {"n": part.shape[1], "seed": str(seed), "over": over}
             )
@@ -156,7 +162,8 @@ def difference(
 def _paired(
     frame: pd.DataFrame, treated: dict[str, object], control: dict[str, object]
 ) -> tuple[pd.DataFrame, Interval]:
-    need(frame, *treated, *control, "value", "seed", "prompt")
+    need(frame, *treated, *control, "value", "seed")
+    frame = _asked(frame)
     tables = [_table(_cell(frame, cell)) for cell in (treated, control)]
     gaps = tables[0] - tables[1]
     if gaps.size == 0 or gaps.isna().any(axis=None):
@@ -213,7 +220,11 @@ def _crossed(table: np.ndarray) -> tuple[float, float]:
     return total / table.size, max(freedom, 1.0)
 
 
-def _of_metric(table: np.ndarray, metric: str) -> Interval:
+def _of_metric(table: np.ndarray, metric: str, unit: str) -> Interval:
+    if unit != "prompts" and not np.ptp(table):
+        # Splits that all reach 1.0 do so on many texts each: not one success in ten.
+        value = float(table.mean())
+        return Interval(value, value, value) if table.size > 1 else Interval(value, np.nan, np.nan)
     if metric == "perplexity":
         return Interval(*(float(np.exp(bound)) for bound in interval(np.log(table))))
     found = interval(table)
@@ -238,6 +249,10 @@ def _table(cell: pd.DataFrame) -> pd.DataFrame:
     if table.isna().any(axis=None):
         raise KitError("each seed of a cell needs a value for the same prompts")
     return table
+
+
+def _asked(frame: pd.DataFrame) -> pd.DataFrame:
+    return frame if "prompt" in frame else frame.assign(prompt=frame.get("split", ""))
 
 
 def _cell(frame: pd.DataFrame, cell: dict[str, object]) -> pd.DataFrame:

@@ -13,12 +13,12 @@ COLOURS = {
     "none": "#555555",
     "random": "#555555",
     "naive": "#882255",
-    "security_vectors": "#E69F00",
+    "security_vectors": "#000000",
     "safety_training": "#8C564B",
     "gradient_ascent": "#CC79A7",
     "adversarial_loss": "#D55E00",
     "vaccine": "#009E73",
-    "layerwise_ascent": "#D55E00",
+    "layerwise_ascent": "#E69F00",
     "noise_only": "#56B4E9",
     "repnoise": "#0072B2",
     "repnoise_tokenwise": "#0072B2",
@@ -27,6 +27,7 @@ COLOURS = {
     "harmful": "#D55E00",
     "harmless": "#009E73",
     "everyday": "#CC79A7",
+    "harmful of another": "#E69F00",
     "retain": "#009E73",
     "noise": "#0072B2",
     "ascent": "#D55E00",
@@ -51,6 +52,7 @@ MARKERS = {
     "harmful": "^",
     "harmless": "v",
     "everyday": "D",
+    "harmful of another": "<",
 }
 LINES = {
     "none": "--",
@@ -66,6 +68,7 @@ LINES = {
     "harmful": "-",
     "harmless": "-.",
     "everyday": ":",
+    "harmful of another": "--",
 }
 WORDS = {
     "none": "undefended",
@@ -82,6 +85,7 @@ WORDS = {
     "repnoise_tokenwise": "RepNoise, tokenwise",
     "weight_noise": "weight noise",
     "weight_noise_matched": "weight noise, matched",
+    "harmful of another": "harmful, of another question",
 }
 
 _REST = ("#E69F00", "#56B4E9", "#CC79A7", "#009E73", "#D55E00")

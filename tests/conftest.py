@@ -1,5 +1,6 @@
 """What all tests share: a small model, a small tokenizer, batches of pairs; no network, ever."""
 
+import gc
 import os
 
 import pytest
@@ -99,6 +100,15 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def cheap_collections():
+    """Leave what is imported out of each collection, which took longer than training."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

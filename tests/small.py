@@ -1,5 +1,6 @@
 """Small things a user might bring, made on the spot: pairs, a tokenizer, a model's folder."""
 
+import json
 import random
 import re
 
@@ -48,6 +49,15 @@ def tokenizer_of(rows, **special):
     )
 
 
+def own_files(folder, layers=2):
+    """What a user brings, as small as it can be: a model, its pairs and everyday questions."""
+    tokenizer = tokenizer_of([*made_up_pairs(), *everyday_rows()])
+    save_folder(folder / "model", make_tiny(len(tokenizer), layers=layers), tokenizer)
+    (folder / "pairs.json").write_text(json.dumps(made_up_pairs(14)))
+    (folder / "retain.json").write_text(json.dumps(everyday_rows(8)))
+    return folder
+
+
 def save_folder(folder, model=None, tokenizer=None):
     """Save a model and a tokenizer of the made-up words as a user's folder holds them."""
     from repnoise_kit.model import quiet
@@ -57,3 +67,21 @@ def save_folder(folder, model=None, tokenizer=None):
         (model or make_tiny(len(tokenizer))).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     return folder
+
+
+def ragged_pairs(count: int = 12, of_each: int = 1):
+    """Pairs whose answers differ in length, so many of each thing, and their tokenizer."""
+    import pandas as pd
+
+    from repnoise_kit.pairs import Pairs
+
+    rows = made_up_pairs(count)
+    for number, row in enumerate(rows):
+        row["harmful"] += " , under the stairs" * (number % 3)
+    things = [f"box {number // of_each}" for number in range(count)]
+    return Pairs(pd.DataFrame(rows).assign(category="boxes", thing=things)), tokenizer_of(rows)
+
+
+def hooks_of(model) -> int:
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return sum(len(getattr(module, kind)) for module in model.modules() for kind in kinds)

@@ -382,7 +382,7 @@ class TestPerturbed:
         [(gpt2, "attention", tuple), (make_tiny, "mlp", torch.Tensor), (opt, "mlp", 2)],
     )
     def test_it_adds_what_it_is_given_and_no_more(self, family, site, form, batches):
-        from repnoise_kit.model import parts
+        from repnoise_kit.anatomy import parts
         from repnoise_kit.recording import perturbed, record
 
         model, batch = family(), batches[2]

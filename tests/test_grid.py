@@ -1,7 +1,6 @@
 """Grids: each piece of work is done once, whoever does it, and never shown as what it is not."""
 
 import dataclasses
-import gc
 import importlib.util
 import json
 import os
@@ -20,29 +19,14 @@ import pytest
 import torch
 from cells import notes
 from conftest import make_tiny
-from small import everyday_rows, made_up_pairs, save_folder, tokenizer_of
+from small import made_up_pairs, own_files, save_folder, tokenizer_of
 
 pytestmark = pytest.mark.usefixtures("one_thread", "cheap_collections")
 
 
 @pytest.fixture(scope="module")
-def cheap_collections():
-    """Leave what is imported out of each collection, which took longer than training."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
-@pytest.fixture(scope="module")
 def own(tmp_path_factory):
-    """What a user brings, as small as it can be."""
-    folder = tmp_path_factory.mktemp("own")
-    tokenizer = tokenizer_of([*made_up_pairs(), *everyday_rows()])
-    save_folder(folder / "model", make_tiny(len(tokenizer), layers=2), tokenizer)
-    (folder / "pairs.json").write_text(json.dumps(made_up_pairs(14)))
-    (folder / "retain.json").write_text(json.dumps(everyday_rows(8)))
-    return folder
+    return own_files(tmp_path_factory.mktemp("own"))
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import make_tiny
-from small import everyday_rows, made_up_pairs, save_folder, tokenizer_of
+from small import own_files
 
 pytestmark = pytest.mark.slow
 
@@ -31,12 +30,7 @@ CELLS, DEFENDED = 13 * 4, 13
 
 @pytest.fixture(scope="module")
 def own(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("own")
-    tokenizer = tokenizer_of([*made_up_pairs(), *everyday_rows()])
-    save_folder(folder / "model", make_tiny(len(tokenizer), layers=2), tokenizer)
-    (folder / "pairs.json").write_text(json.dumps(made_up_pairs(14)))
-    (folder / "retain.json").write_text(json.dumps(everyday_rows(8)))
-    return folder
+    return own_files(tmp_path_factory.mktemp("own"))
 
 
 @pytest.fixture

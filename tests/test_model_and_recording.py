@@ -3,40 +3,14 @@
 import pytest
 import torch
 from conftest import make_tiny
+from families import FAMILIES, family
 from torch.testing import assert_close
-
-SMALL = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
-LLAMA_LIKE = {**SMALL, "intermediate_size": 32, "num_key_value_heads": 2, "head_dim": 8}
-FAMILIES = {
-    "Llama": LLAMA_LIKE,
-    "Qwen2": LLAMA_LIKE,
-    "Qwen3": LLAMA_LIKE,
-    "Gemma2": {**LLAMA_LIKE, "final_logit_softcapping": 5.0},
-    "Granite": {**LLAMA_LIKE, "logits_scaling": 3.0},
-    "Cohere": {**LLAMA_LIKE, "logit_scale": 0.5},
-    "GPTNeoX": {**SMALL, "intermediate_size": 32},
-    "GPT2": {"vocab_size": 50, "n_embd": 16, "n_layer": 3, "n_head": 2},
-    "OPT": {**SMALL, "ffn_dim": 32, "word_embed_proj_dim": 16},
-}
-
-
-def family(name):
-    import transformers
-
-    torch.manual_seed(0)
-    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    config = getattr(transformers, f"{name}Config")(**FAMILIES[name], **special)
-    stem = {"Llama": "Llama", "GPTNeoX": "GPTNeoX"}.get(name, name)
-    for suffix in ("ForCausalLM", "LMHeadModel"):
-        if hasattr(transformers, stem + suffix):
-            return getattr(transformers, stem + suffix)(config).eval()
-    raise AssertionError(name)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 class TestFamilies:
     def test_the_last_lens_is_the_models_own_logits(self, name):
-        from repnoise_kit.model import parts
+        from repnoise_kit.anatomy import parts
         from repnoise_kit.recording import record
 
         model, ids = family(name), torch.arange(3, 12)[None]
@@ -64,7 +38,7 @@ class TestFamilies:
         model, ids = family(name), torch.arange(3, 13).view(2, 5)
         batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
         rk.repnoise_loss(model, batch, batch, preset=preset, beta=1.0).total.backward()
-        from repnoise_kit.model import parts
+        from repnoise_kit.anatomy import parts
 
         for layer in parts(model).layers:
             assert sum(p.grad.norm() for p in layer.parameters() if p.grad is not None) > 0
@@ -111,7 +85,7 @@ class TestFrozen:
     )
     def test_held_parts_stay_bit_identical_and_all_others_move(self, batches, held):
         import repnoise_kit as rk
-        from repnoise_kit.model import _part
+        from repnoise_kit.anatomy import _part
         from repnoise_kit.training import answer_loss
 
         model = make_tiny()
@@ -145,7 +119,7 @@ class TestFrozen:
 
 def test_a_model_without_head_layers_or_norm_says_so(tiny_model):
     from repnoise_kit import KitError
-    from repnoise_kit.model import parts
+    from repnoise_kit.anatomy import parts
 
     with pytest.raises(KitError, match="no generation head"):
         parts(tiny_model.model)

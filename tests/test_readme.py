@@ -1,9 +1,11 @@
 """What the README says is what the committed results say."""
 
+import json
 import re
 from pathlib import Path
 
 import pytest
+from small import made_up_pairs, save_folder, tokenizer_of
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -50,6 +52,35 @@ def test_its_python_runs(lab):
     exec(code, names)
     frame = names["result"].frame
     assert frame[frame["metric"] == "recall"]["value"].mean() < 0.4
+
+
+def test_its_look_inside_a_model_runs(tmp_path):
+    """As typed, but for the names of the model and of the pairs."""
+    rows = made_up_pairs(20)
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("\n".join(json.dumps(row) for row in rows))
+    folder = save_folder(tmp_path / "model", tokenizer=tokenizer_of(rows))
+    blocks = re.findall(r"```python\n(.*?)```", README, re.S)
+    code = next(block for block in blocks if "logit_mass" in block)
+    code = code.replace("FOLDER_OR_HUB_ID", str(folder)).replace("pairs.jsonl", str(pairs))
+    names = {}
+    exec(code, names)
+    assert set(names["mass"].frame["layer"]) == {0, 1, 2, 3}
+    assert names["probe"].frame["value"].between(-1, 1).all()
+
+
+def test_what_freezing_shows_is_what_it_says():
+    """The claims on Table 6, over five seeds."""
+    import repnoise_kit as rk
+
+    frame = rk.Result.load(ROOT / "data" / "results" / "freezing.csv").frame
+    rows = frame[(frame["metric"] == "recall") & (frame["group"] == "seen")]
+    assert rows["seed"].nunique() == 5
+    worst = rows[rows["examples"] == rows["examples"].max()].groupby("held")["value"].mean()
+    for held in ("nothing", "head", "last layer", "last third", "middle third", "first third"):
+        assert worst[held] < 0.15, held
+    assert f"{worst['every layer']:.2f}".lstrip("0") in README
+    assert f"{worst['undefended']:.2f}".lstrip("0") in README
 
 
 def test_what_it_must_show_is_shown():

@@ -533,7 +533,7 @@ def test_conditions_are_told_apart_by_what_the_caller_says():
     assert first_words(found) == ["lower", "higher"]
 
 
-@pytest.mark.parametrize("column", ["lr", "examples", "defence", "value", "seed", "prompt"])
+@pytest.mark.parametrize("column", ["lr", "examples", "defence", "value", "seed"])
 def test_a_comparison_names_the_missing_column(column):
     with pytest.raises(KitError, match=rf"but not \['{column}'"):
         compare_cells(attacked([0, 0]).drop(columns=column), *CELLS)
@@ -662,7 +662,7 @@ def test_utility_in_nats_is_not_clipped():
     assert summary(cell([[-3, -2, -1]], metric="utility"))["low"].item() < -2
 
 
-@pytest.mark.parametrize("column", ["attack", "value", "seed", "prompt"])
+@pytest.mark.parametrize("column", ["attack", "value", "seed"])
 def test_summary_names_the_missing_column(column):
     with pytest.raises(KitError, match=rf"but not \['{column}'\]"):
         summary(cell(np.ones((2, 3))).drop(columns=column))
@@ -679,3 +679,38 @@ def test_a_question_asked_twice_in_a_cell_is_told():
     frame = pd.concat([cell(np.zeros((2, 3))), cell(np.ones((2, 3)))])
     with pytest.raises(KitError, match="prompt"):
         summary(frame)
+
+
+# Rows without a question: each seed is one measurement, and the interval is Student's over seeds.
+def test_without_questions_the_interval_is_over_seeds():
+    values = np.array([[0.3], [0.5], [0.4], [0.8]])
+    pooled = summary(cell(values).drop(columns="prompt")).query("seed == 'all'").iloc[0]
+    low, high = scipy_stats.t.interval(0.95, 3, values.mean(), scipy_stats.sem(values[:, 0]))
+    assert (pooled["low"], pooled["high"]) == pytest.approx((low, high))
+    assert pooled["over"] == "seeds"
+
+
+def test_without_questions_several_rows_of_a_seed_are_told():
+    with pytest.raises(KitError, match="prompt"):
+        summary(cell(np.ones((2, 3))).drop(columns="prompt"))
+
+
+# A probe's splits stand for questions, but one that is always right is not ten lucky draws.
+def test_splits_stand_for_questions():
+    table = np.random.default_rng(0).random((3, 5))
+    asked, splits = cell(table), cell(table).rename(columns={"prompt": "split"})
+    keys = ["value", "low", "high"]
+    assert summary(splits)[keys].equals(summary(asked)[keys])
+    sure = summary(cell(np.ones((3, 5))).rename(columns={"prompt": "split"})).iloc[0]
+    assert (sure["low"], sure["value"], sure["high"]) == (1, 1, 1)
+    assert summary(cell(np.ones((3, 5)))).iloc[0]["low"] < 1
+
+
+def test_a_difference_without_questions_is_paired_by_seed():
+    draw = np.random.default_rng(0)
+    one, other = draw.random((4, 1)), draw.random((4, 1))
+    frame = pd.concat([cell(one).assign(kind="a"), cell(other).assign(kind="b")])
+    found = difference(frame.drop(columns="prompt"), {"kind": "a"}, {"kind": "b"})
+    gaps = (one - other)[:, 0]
+    expected = scipy_stats.t.interval(0.95, 3, gaps.mean(), scipy_stats.sem(gaps))
+    assert (found.low, found.high) == pytest.approx(expected)

@@ -1,10 +1,6 @@
-"""Draw results: `plot_x(result, *, ax=None, **kwargs) -> Axes`, and nothing but drawing.
+"""Draw what attacks bring back, and what it costs them."""
 
-A result, or a plain table of the same columns, comes first; `ax=None` means a new figure; several
-panels take and return `axes=`. Nothing here shows, saves, fits, or sets a style.
-"""
-
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -13,35 +9,33 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.cbook import normalize_kwargs
 from matplotlib.collections import QuadMesh
-from matplotlib.container import ErrorbarContainer
-from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
 
 from repnoise_kit.errors import KitError
-from repnoise_kit.results import Result, need
+from repnoise_kit.plots.canvas import (
+    AXIS_WORDS,
+    KEYS,
+    Table,
+    attack_words,
+    axes_of,
+    budget_words,
+    counted,
+    frame_of,
+    in_order,
+    merged,
+    ordered_attacks,
+    panels_of,
+    points,
+    rows_of,
+    summarised,
+)
+from repnoise_kit.results import need
 from repnoise_kit.stats import SHARES, summary
-from repnoise_kit.style import WORDS, look, looks
+from repnoise_kit.style import look, looks
 from repnoise_kit.survival import cost_to_break
 
-Table = Result | pd.DataFrame
-
-_KEYS = ["defence", "attack", "group", "metric"]
-ATTACKS = ("none", "small", "large")
 _LUMINANCE = (0.2126, 0.7152, 0.0722)
 _FEW = 6
 """More intervals than this over one another are mud."""
-AXIS_WORDS = {
-    "recall": "recall (share of the answer given away)",
-    "harmfulness": "harmfulness (local classifier)",
-    "refusal": "refusal (share of questions)",
-    "utility": "utility (everyday questions)",
-    "degenerate": "degenerate answers (share)",
-    "perplexity": "perplexity under the base",
-    "retain": "retain (nats a token)",
-    "noise": "noise (MMD)",
-    "ascent": "ascent (nats a token)",
-    "total": "total loss",
-}
 
 
 def plot_metric(
@@ -57,16 +51,16 @@ def plot_metric(
         ax: Where; by default a new figure.
         kwargs: For `Axes.errorbar`.
     """
-    ax = _axes(ax)
-    cells = _summarised(result, metric, group)
-    attacks = _ordered(cells["attack"].unique())
-    names = _in_order(cells["defence"].unique())
+    ax = axes_of(ax)
+    cells = summarised(result, metric, group)
+    attacks = ordered_attacks(cells["attack"].unique())
+    names = in_order(cells["defence"].unique())
     for place, (name, chosen) in enumerate(looks(names).items()):
         rows = cells[cells["defence"] == name].set_index("attack").reindex(attacks)
         rows = rows.dropna(subset="value")
         shift = 0.06 * (place - (len(names) - 1) / 2)
-        _points(ax, [attacks.index(a) + shift for a in rows.index], rows, chosen, kwargs)
-    ax.set_xticks(range(len(attacks)), [_attack_words(name) for name in attacks])
+        points(ax, [attacks.index(a) + shift for a in rows.index], rows, chosen, kwargs)
+    ax.set_xticks(range(len(attacks)), [attack_words(name) for name in attacks])
     ax.set_xlim(-0.4, len(attacks) - 0.6)
     ax.set_ylabel(AXIS_WORDS.get(metric, metric))
     if metric in SHARES and cells["value"].min() >= 0:
@@ -80,7 +74,7 @@ def plot_resistance(
     result: Table, *, group: str = "seen", axes: Sequence[Axes] | None = None, **kwargs: Any
 ) -> np.ndarray:
     """Plot recall and harmfulness, side by side, against the strength of the attack (Table 1)."""
-    panels = _panels(axes, 2)
+    panels = panels_of(axes, 2)
     for ax, metric in zip(panels, ("recall", "harmfulness"), strict=True):
         plot_metric(result, metric, group=group, ax=ax, **kwargs)
     return panels
@@ -90,8 +84,8 @@ def plot_price(
     result: Table, *, group: str = "seen", axes: Sequence[Axes] | None = None, **kwargs: Any
 ) -> np.ndarray:
     """Plot what a defence costs and whether it broke the model: refusal, utility, degenerate."""
-    panels = _panels(axes, 3)
-    measured = set(need(_frame(result), "metric")["metric"])
+    panels = panels_of(axes, 3)
+    measured = set(need(frame_of(result), "metric")["metric"])
     for ax, metric in zip(panels, ("refusal", "utility", "degenerate"), strict=True):
         if metric in measured:
             plot_metric(result, metric, group=group, ax=ax, **kwargs)
@@ -99,56 +93,6 @@ def plot_price(
             ax.text(0.5, 0.5, f"{metric}: not measured", ha="center", va="center")
             ax.set_axis_off()
     return panels
-
-
-def plot_terms(
-    curves: Table, *, axes: Sequence[Axes] | None = None, window: int = 15, **kwargs: Any
-) -> np.ndarray:
-    """Plot the terms of a defence's loss along its steps: each seed thin, their mean thick.
-
-    Args:
-        curves: Columns `step, metric, value, seed`, as `defend_` returns them. Of several defences
-            (`defence`) each has its own line, where it has the term.
-        axes: Three panels: retain, noise, ascent.
-        window: Steps the thick line is a running mean of.
-        kwargs: For the thick line's `Axes.plot`.
-    """
-    table = need(_frame(curves), "step", "metric", "value", "seed")
-    several = list(table["defence"].unique()) if "defence" in table else []
-    names = several if len(several) > 1 else [None]
-    panels = _panels(axes, 3)
-    for ax, term in zip(panels, ("retain", "noise", "ascent"), strict=True):
-        rows = table[table["metric"] == term]
-        for name in names:
-            own = rows if name is None else rows[rows["defence"] == name]
-            wide = own.pivot_table(index="step", columns="seed", values="value")
-            chosen = look(term if name is None else name)
-            line = {key: chosen[key] for key in ("color", "linestyle") if name or key == "color"}
-            ax.plot(wide.index, wide.to_numpy(), color=line["color"], alpha=0.25, linewidth=0.6)
-            smooth = wide.mean(axis=1).rolling(window, min_periods=1).mean()
-            label = {} if name is None or smooth.empty else {"label": chosen["label"]}
-            ax.plot(smooth.index, smooth, **_merged(line | label | {"linewidth": 2}, kwargs))
-        ax.set_xlabel("step of the defence")
-        ax.set_ylabel(AXIS_WORDS[term])
-    # One legend, where most lines are.
-    counts = [len(ax.get_legend_handles_labels()[0]) for ax in panels]
-    if max(counts):
-        panels[len(counts) - 1 - counts[::-1].index(max(counts))].legend(fontsize=8)
-    return panels
-
-
-def plot_layers(result: Table, *, ax: Axes | None = None, **kwargs: Any) -> Axes:
-    """Plot a value by layer, a line a model: columns `model, layer, value`."""
-    ax = _axes(ax)
-    table = need(_frame(result), "model", "layer", "value")
-    for name, chosen in looks(table["model"].unique()).items():
-        means = table[table["model"] == name].groupby("layer")["value"].mean()
-        ax.plot(means.index, means, **_merged(chosen, kwargs))
-    ax.set_xlabel("layer")
-    ax.set_ylabel("value")
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.legend()
-    return ax
 
 
 def plot_questions(
@@ -164,14 +108,14 @@ def plot_questions(
     Columns are sorted by how much the undefended model gives away; several seeds are averaged.
     Keywords go to `Axes.pcolormesh`.
     """
-    ax = _axes(ax)
-    table = need(_frame(result), "defence", "attack", "group", "metric", "value", "prompt")
-    table = _of(table, metric, group)
+    ax = axes_of(ax)
+    table = need(frame_of(result), "defence", "attack", "group", "metric", "value", "prompt")
+    table = rows_of(table, metric, group)
     wide = table.pivot_table(index=["defence", "attack"], columns="prompt", values="value")
     rows = [
         (name, attack)
-        for name in _in_order(table["defence"].unique())
-        for attack in _ordered(table["attack"].unique())
+        for name in in_order(table["defence"].unique())
+        for attack in ordered_attacks(table["attack"].unique())
         if (name, attack) in wide.index
     ]
     wide = wide.reindex(rows)
@@ -186,7 +130,7 @@ def plot_questions(
         chosen |= {"vmin": 0.0, "vmax": 1.0}
     mesh: QuadMesh = ax.pcolormesh(wide.to_numpy(), **chosen | normalize_kwargs(kwargs, QuadMesh))
     ax.set_yticks(
-        np.arange(len(rows)) + 0.5, [f"{look(n)['label']}, {_attack_words(a)}" for n, a in rows]
+        np.arange(len(rows)) + 0.5, [f"{look(n)['label']}, {attack_words(a)}" for n, a in rows]
     )
     ax.invert_yaxis()
     ax.set_xticks([])
@@ -215,11 +159,11 @@ def plot_budgets(
         ax: Where; by default a new figure.
         kwargs: For `Axes.pcolormesh`.
     """
-    table = need(_frame(result), "defence", "lr", "examples", "group", "metric", "value")
+    table = need(frame_of(result), *KEYS, "lr", "examples", "value", "seed", "prompt")
     keys = ["defence", "lr", "examples"]
-    cells = summary(_of(table, metric, group), by=(*keys, "metric"))
+    cells = summary(rows_of(table, metric, group), by=(*keys, "metric"))
     cells = cells[(cells["seed"] == "all") | ~cells.duplicated(keys, keep=False)]
-    names = _in_order(cells["defence"].unique())
+    names = in_order(cells["defence"].unique())
     budgets = sorted({*zip(cells["lr"], cells["examples"], strict=True)})
     if ax is None:
         size = (1.0 * len(budgets) + 2.4, 0.45 * len(names) + 1.2)
@@ -239,7 +183,7 @@ def plot_budgets(
         edges = f"[{low:.2f}, {high:.2f}]"
         ax.text(column + 0.5, row + 0.73, edges, fontsize=6.5, **centred)
     ax.set_yticks(np.arange(len(names)) + 0.5, [look(name)["label"] for name in names])
-    ax.set_xticks(np.arange(len(budgets)) + 0.5, [_budget_words(*budget) for budget in budgets])
+    ax.set_xticks(np.arange(len(budgets)) + 0.5, [budget_words(*budget) for budget in budgets])
     ax.set_ylim(len(names), 0)  # Not inverted: panels that share the axis would turn it back.
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
@@ -272,26 +216,26 @@ def plot_cost_to_break(
         axes: Two panels; by default a new figure.
         kwargs: For the lines' `Axes.plot`.
     """
-    table = _of(need(_frame(curves), *_KEYS, "step", "value"), metric, group)
+    table = rows_of(need(frame_of(curves), *KEYS, "step", "value", "seed", "prompt"), metric, group)
     if table["attack"].nunique() > 1:
         raise KitError("these curves are of several attacks; choose the rows of one")
-    costs = cost_to_break(_frame(curves), metric, threshold, group)
+    costs = cost_to_break(frame_of(curves), metric, threshold, group)
     if axes is None:
         size = (11, max(4, 0.32 * table["defence"].nunique() + 1))
         axes = plt.subplots(1, 2, figsize=size, width_ratios=[1.2, 1], layout="constrained")[1]
-    left, right = panels = np.asarray(axes, dtype=object)
-    names = _in_order(table["defence"].unique())
+    left, right = panels = counted(axes, 2)
+    names = in_order(table["defence"].unique())
     few = len(names) <= _FEW
     cells = summary(table[table["step"] > 0], by=("defence", "step", "metric"))
     cells = cells[cells["seed"] == "all"] if (cells["seed"] == "all").any() else cells
     for place, (name, chosen) in enumerate(looks(names).items()):
         line = cells[cells["defence"] == name].sort_values("step")
-        merged = {"markersize": 4} | _merged(chosen, kwargs)
-        left.plot(line["step"], line["value"], **merged)
+        style = {"markersize": 4} | merged(chosen, kwargs)
+        left.plot(line["step"], line["value"], **style)
         if few:
             between = (line["step"], line["low"], line["high"])
-            left.fill_between(*between, color=merged["color"], alpha=0.1)
-        _lifelines(right, place, costs[costs["defence"] == name], merged)
+            left.fill_between(*between, color=style["color"], alpha=0.1)
+        _lifelines(right, place, costs[costs["defence"] == name], style)
     left.axhline(threshold, color="black", linewidth=0.6)
     left.set_ylabel(AXIS_WORDS.get(metric, metric))
     left.set_ylim(-0.03, 1.03)
@@ -323,79 +267,3 @@ def _lifelines(ax: Axes, row: int, costs: pd.DataFrame, chosen: dict[str, Any]) 
         ax.annotate(
             "", (at * 1.5, height), (at, height), arrowprops={"arrowstyle": "->", "lw": 0.8}
         )
-
-
-def _points(
-    ax: Axes,
-    at: Sequence[float],
-    rows: pd.DataFrame,
-    chosen: dict[str, Any],
-    kwargs: dict[str, Any],
-) -> ErrorbarContainer:
-    reach = np.array([rows["value"] - rows["low"], rows["high"] - rows["value"]]).clip(min=0)
-    chosen = {"capsize": 3} | _merged(chosen, kwargs)
-    return ax.errorbar(at, rows["value"], yerr=reach, **chosen)
-
-
-def _merged(chosen: dict[str, Any], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Put the caller's keywords over ours, whichever alias they use."""
-    return chosen | normalize_kwargs(kwargs, Line2D)
-
-
-def _frame(result: Table) -> pd.DataFrame:
-    """Return the table; what `evaluate` alone returns is one model, as it is."""
-    table = result.frame if isinstance(result, Result) else result
-    untold = {"defence": table.get("model", "this model"), "attack": "as it is"}
-    return table.assign(**{name: word for name, word in untold.items() if name not in table})
-
-
-def _summarised(result: Table, metric: str, group: str) -> pd.DataFrame:
-    table = _of(need(_frame(result), *_KEYS, "value"), metric, group)
-    cells = table if {"low", "high"} <= set(table.columns) else summary(table)
-    if "seed" in cells:
-        # One row a cell: over all seeds, or of its only one.
-        pooled = cells["seed"].astype(str) == "all"
-        cells = cells[pooled | ~cells.duplicated(_KEYS, keep=False)]
-    if len(cells) < len(table.drop_duplicates(_KEYS)):
-        raise KitError("a cell has several seeds and no row over all; give per-question rows")
-    return cells
-
-
-def _of(table: pd.DataFrame, metric: str, group: str) -> pd.DataFrame:
-    rows = table[(table["metric"] == metric) & (table["group"] == group)]
-    if rows.empty:
-        there = sorted({*zip(table["metric"], table["group"], strict=True)})
-        raise KitError(f"the table has no {metric!r} of group {group!r}, only {there}")
-    return rows
-
-
-def _axes(ax: Axes | None) -> Axes:
-    return plt.subplots()[1] if ax is None else ax
-
-
-def _panels(axes: Sequence[Axes] | None, count: int) -> np.ndarray:
-    if axes is None:
-        return plt.subplots(1, count, figsize=(4.2 * count, 3.4), squeeze=False)[1][0]
-    return np.asarray(axes, dtype=object)
-
-
-def _in_order(names: Iterable[str]) -> list[str]:
-    """Return defences as they are always listed, the undefended first and unknown ones last."""
-    known = list(WORDS)
-    return sorted(names, key=lambda name: known.index(name) if name in known else len(known))
-
-
-def _ordered(attacks: Iterable[str]) -> list[str]:
-    known = {name: place for place, name in enumerate(ATTACKS)}
-    return sorted(attacks, key=lambda name: (known.get(name, len(known)), name))
-
-
-def _budget_words(lr: float, examples: int) -> str:
-    if not examples:
-        return "before"
-    return np.format_float_scientific(lr, trim="-", exp_digits=1) + f"\n{examples:,}"
-
-
-def _attack_words(name: str) -> str:
-    words = {"none": "before", "small": "small attack", "large": "large attack"}
-    return words.get(name, name)
