@@ -380,21 +380,25 @@ class TestDiverged:
         assert line(found, "loss")[0] == pytest.approx(first, rel=1e-6)
         assert line(found, "loss").index.max() < 10
 
-    # FAULT: the last row is a look, NaN, at weights that are taken back right afterwards: the
-    # model has no such loss, and plot_attack_path refuses the whole path for it.
+    # What was looked at and taken back right afterwards is no point of the path.
     def test_its_path_can_be_drawn(self, bed, kept):
         import repnoise_kit as rk
 
         found = rk.attack_path(copy.deepcopy(kept), bed, texts=6, **BUDGET | {"lr": 1e20})
+        assert np.isfinite(found.frame["value"]).all()
+        steps = [line(found, metric).index.tolist() for metric in METRICS]
+        assert steps[0] == steps[1] == steps[2]
+        assert steps[0][:2] == [0, 1]
         for ax in rk.plots.plot_attack_path(found):
             assert ax.lines
 
-    # FAULT: nothing of the attack is noted: no learning rate, no number of examples.
     def test_it_is_noted_how_it_was_made(self, bed, kept, path, diverging):
         import repnoise_kit as rk
 
         found = rk.attack_path(copy.deepcopy(kept), bed, texts=6, seed=3, **BUDGET)
-        assert found.made_with["lr"] == path[0].made_with["lr"] == BUDGET["lr"]
+        for name, value in BUDGET.items():
+            assert found.made_with[name] == path[0].made_with[name] == value
+        assert found.made_with["seed"] == path[0].made_with["seed"] == 3
 
 
 # --- The slice ---

@@ -234,8 +234,7 @@ def test_it_opens_no_figure_when_told_where(name):
     assert plt.get_fignums() == [1]
 
 
-# FAULT, of plot_cost_to_break: a ValueError of unpacking, which does not say how many there
-# should be.
+# It says how many there should be.
 @pytest.mark.parametrize("name", [name for name, (_, count) in DRAWINGS.items() if count > 1])
 def test_a_wrong_number_of_panels_is_told(name):
     count = DRAWINGS[name][1]

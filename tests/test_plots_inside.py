@@ -881,8 +881,6 @@ class TestAttackPath:
         with pytest.raises(KitError, match="several attacks"):
             drawn("plot_attack_path", both)
 
-    # FAULT: "there are no rows to draw by step" says nothing of which metric is missing; all other
-    # drawings name it.
     @pytest.mark.parametrize("metric", ["gap", "grad_norm"])
     def test_a_metric_that_is_not_there_is_told(self, metric):
         with pytest.raises(KitError, match=metric):
