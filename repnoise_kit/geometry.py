@@ -1,5 +1,6 @@
 """The shape of activations: are they noise, where do they lie, how alike are two models."""
 
+import zlib
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
@@ -68,7 +69,7 @@ def noise_test(
         through = batches(model, table, tokenizer, batch_size=batch_size, max_length=max_length)
         values = pooled(model, through, len(table), site, None, _one_token(len(table), seed))
         for layer, x in enumerate(values):
-            found = against_gaussian(x, draws, seed)
+            found = against_gaussian(x, draws, seed, f"{side} {layer}")
             tags = {"group": side, "layer": layer, "seed": seed}
             rows += [tags | {"metric": name, "value": value} for name, value in found.items()]
     frame = pd.DataFrame(rows)[["group", "layer", "metric", "value", "seed"]]
@@ -87,8 +88,12 @@ def _one_token(count: int, seed: int) -> Callable[[Tensor, slice], Tensor]:
     return weigh
 
 
-def against_gaussian(x: Float[Tensor, "sample d"], draws: int, seed: int) -> dict[str, float]:
+def against_gaussian(
+    x: Float[Tensor, "sample d"], draws: int, seed: int, name: str = ""
+) -> dict[str, float]:
     """Return the unbiased MMD of a sample to its Gaussian, `null_95` and `p`.
+
+    Samples of other names are compared with other noise, so that they do not err together.
 
     The null are samples of true noise, brought to unit spread in the same way. To deal the rows of
     sample and noise out anew would be too easy a test to pass: only one of the two is centred and
@@ -98,7 +103,8 @@ def against_gaussian(x: Float[Tensor, "sample d"], draws: int, seed: int) -> dic
     if not x.shape[1]:
         return dict.fromkeys(("mmd", "null_95", "p"), float("nan"))
     null = _null(*x.shape, draws, seed)
-    here = _to_gaussian(x, torch.Generator().manual_seed(seed))
+    own = zlib.crc32(f"{seed} {name}".encode())
+    here = _to_gaussian(x, torch.Generator().manual_seed(own))
     return {
         "mmd": here,
         "null_95": float(np.quantile(null, 0.95)),

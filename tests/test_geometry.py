@@ -307,6 +307,19 @@ class TestAgainstGaussian:
         assert near[0] < found["null_95"] < near[1]
         assert found["p"] == pytest.approx(np.mean(np.array(null) >= found["mmd"]), abs=0.05)
 
+    def test_samples_of_other_names_do_not_err_together(self):
+        """Of one seed: had all layers the same noise beside them, all would be found, or none."""
+        found = [
+            [against_gaussian(torch.randn(40, 16), 99, seed, name)["p"] for name in ("a", "b")]
+            for seed in range(60)
+        ]
+        same = [
+            [against_gaussian(torch.randn(40, 16), 99, seed)["p"] for _ in range(2)]
+            for seed in range(60)
+        ]
+        assert abs(scipy_stats.spearmanr(found).statistic) < 0.4
+        assert scipy_stats.spearmanr(same).statistic > 0.5
+
     def test_p_is_never_0_and_at_most_1(self):
         far = torch.cat([torch.zeros(30, 4), 1000 + torch.zeros(30, 4)]) + draw(60, 4)
         assert against_gaussian(far, 19, 0)["p"] == 1 / 20
@@ -389,7 +402,7 @@ class TestNoiseTest:
         given = type(given)(given.frame[:4])
         seen = []
 
-        def spy(x, draws, seed):
+        def spy(x, draws, seed, name):
             seen.append(x)
             return {"mmd": 0.0}
 
@@ -472,13 +485,14 @@ class TestNoiseTest:
         given, tokenizer = pairs
         seen = []
 
-        def spy(x, draws, seed):
-            seen.append((tuple(x.shape), draws, seed))
+        def spy(x, draws, seed, name):
+            seen.append((tuple(x.shape), draws, seed, name))
             return {"mmd": 0.0}
 
         monkeypatch.setattr(geometry, "against_gaussian", spy)
         found = rk.noise_test(model, given, draws=7, tokenizer=tokenizer, seed=4)
-        assert seen == [((80, 16), 7, 4)] * 6
+        own = [f"{side} {layer}" for side in ("harmful", "harmless") for layer in range(3)]
+        assert seen == [((80, 16), 7, 4, name) for name in own]
         assert (found.made_with["draws"], found.made_with["seed"]) == (7, 4)
 
     def test_a_dead_layer_is_no_finding_and_hides_no_other(self, pairs, model):

@@ -333,3 +333,30 @@ def test_attacked_models_lie_where_no_results_do(bed, store):
 
     rk.before_and_after(bed, Looking(), defences=["none"], seeds=[0], store=store)
     assert sorted(place.name for place in store.iterdir()) == ["attacked-models", "defended"]
+
+
+def test_paths_are_those_of_attacks_on_the_kept_models_and_are_kept_too(bed, store, monkeypatch):
+    import repnoise_kit as rk
+    from repnoise_kit import descent
+
+    wanted = {"defences": ["none", "gradient_ascent"], "seeds": [0, 2], "texts": 6, "store": store}
+    found = rk.attack_paths(bed, **wanted)
+    by_hand = []
+    for defence in wanted["defences"]:
+        for seed in wanted["seeds"]:
+            model, _ = rk.Bench.of(bed, store).defended(defence, seed)
+            path = rk.attack_path(model, bed, texts=6, seed=seed, **SETTINGS["large"])
+            by_hand.append(path.tagged(attack="large", defence=defence))
+    expected = rk.stack(*by_hand).frame
+    pd.testing.assert_frame_equal(found.frame[expected.columns], expected)
+    monkeypatch.delattr(descent, "attack_path")  # What is kept needs no attack.
+    pd.testing.assert_frame_equal(rk.attack_paths(bed, **wanted).frame, found.frame)
+
+
+@pytest.mark.parametrize("wrong", [{"defences": ["nothing"]}, {"attack": "huge"}, {"seeds": []}])
+def test_paths_of_a_wrong_choice_are_refused_before_any_work(bed, store, work, wrong):
+    import repnoise_kit as rk
+
+    with pytest.raises(rk.KitError):
+        rk.attack_paths(bed, store=store, **wrong)
+    assert work == []
