@@ -22,8 +22,7 @@ from repnoise_kit.bench import Bench
 from repnoise_kit.cost import at_steps
 from repnoise_kit.errors import KitError, check_whole
 from repnoise_kit.grid import Cell, run
-from repnoise_kit.pairs import encode, pad
-from repnoise_kit.reading import evaluating
+from repnoise_kit.reading import batches, evaluating
 from repnoise_kit.released import looked_at, named_budget
 from repnoise_kit.results import Result, stack
 from repnoise_kit.security import guarded
@@ -209,10 +208,8 @@ def _sample(bed: Testbed, texts: int, seed: int, budget: dict[str, Any]) -> dict
     """Return a batch of what the attack trains on."""
     own = bed.relearned() if budget.get("relearn") else bed.splits.attack
     source = budget.get("pairs") or own
-    rows = source.draw(min(texts, len(source)), seed).frame
-    encoded = encode(bed.tokenizer, rows["prompt"].tolist(), rows["harmful"].tolist())
-    batch = pad(encoded, bed.tokenizer.pad_token_id)
-    return {name: part.to(bed.base.device) for name, part in batch.items()}
+    rows = source.draw(min(texts, len(source)), seed).frame.rename(columns={"harmful": "answer"})
+    return next(batches(bed.base, rows, bed.tokenizer, batch_size=texts))[1]
 
 
 def _loss(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:

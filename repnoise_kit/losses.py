@@ -67,23 +67,10 @@ def mmd(
     count = len(x)
     if unbiased and count < 2:
         raise KitError(f"an unbiased MMD needs 2 rows or more, not {count}; use larger batches")
-    kernel = kernels(torch.cat([x, y]), bandwidth)
-    within, across = kernel[:count, :count], kernel[:count, count:]
-    within_y = kernel[count:, count:]
-    if not unbiased:
-        return within.mean() + within_y.mean() - 2 * across.mean()
-    apart = ~torch.eye(count, dtype=torch.bool, device=kernel.device)
-    return within[apart].mean() + within_y[apart].mean() - 2 * across.mean()
-
-
-def kernels(
-    rows: Float[Tensor, "row d"], bandwidth: float | None = None
-) -> Float[Tensor, "row row"]:
-    """Return the sum of `mmd`'s five kernels between all rows; the bandwidth is their own."""
-    rows = rows.float()
+    rows = torch.cat([x, y]).float()
     gram = rows @ rows.T
     norms = gram.diagonal()
-    other = ~torch.eye(len(rows), dtype=torch.bool, device=rows.device)
+    other = ~torch.eye(2 * count, dtype=torch.bool, device=rows.device)
     # Where a row meets itself the distance is 0 by definition, not by rounding.
     distances = (norms[:, None] + norms[None, :] - 2 * gram).clamp(min=0) * other
     if bandwidth is None:
@@ -92,4 +79,10 @@ def kernels(
         scale = torch.tensor(bandwidth, device=rows.device)
     middle = KERNELS // 2
     widths = [scale * 2.0 ** (place - middle) for place in range(KERNELS)]
-    return torch.stack([torch.exp(-distances / width) for width in widths]).sum(0)
+    kernel = torch.stack([torch.exp(-distances / width) for width in widths]).sum(0)
+    within, across = kernel[:count, :count], kernel[:count, count:]
+    within_y = kernel[count:, count:]
+    if not unbiased:
+        return within.mean() + within_y.mean() - 2 * across.mean()
+    apart = other[:count, :count]
+    return within[apart].mean() + within_y[apart].mean() - 2 * across.mean()

@@ -52,6 +52,11 @@ def test_carries_its_claims_in_asserts_that_nbval_compares(book):
     assert all("tags" not in c.metadata for c in checks)
 
 
+def test_the_lab_may_be_built_in_it_which_shows_a_bar(book):
+    building = [c for c in code_of(book) if "rk.lab(" in c.source]
+    assert all(c.metadata.get("tags") == ["nbval-ignore-output"] for c in building)
+
+
 def test_was_run_once_from_top_to_bottom_and_is_clean(book):
     assert book.metadata == {
         "kernelspec": {
