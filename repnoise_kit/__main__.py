@@ -76,13 +76,15 @@ def show_lab(arguments: argparse.Namespace) -> None:
 
 def grid(arguments: argparse.Namespace) -> None:
     """Run a grid of experiments, or go on with one, and write its tables."""
-    from repnoise_kit import cost, freezing, resistance, tuning
+    from repnoise_kit import cost, freezing, generalization, immunization, resistance, tuning
     from repnoise_kit.results import Result
 
     out = _writable(arguments.out)
     grids = {
         "resistance": (resistance.resistance_grid, resistance.write),
         "cost": (cost.cost_grid, cost.write),
+        "criteria": (immunization.criteria, immunization.write),
+        "samples": (generalization.samples_grid, generalization.write),
         "freezing": (freezing.ablate_layers, freezing.write),
         "baselines": (tuning.tune, tuning.write),
     }
@@ -102,22 +104,33 @@ def grid(arguments: argparse.Namespace) -> None:
     print(f"\nwritten to {out}")
 
 
+_OWN = (
+    "retain",
+    "columns",
+    "budget",
+    "prompt_format",
+    "lora",
+    "gradient_checkpointing",
+    "revision",
+)
+
+
 def _bed(arguments: argparse.Namespace) -> "Testbed":
     from repnoise_kit.testbeds import lab, testbed
 
     if bool(arguments.model) != bool(arguments.pairs):
         raise KitError("--model and --pairs belong together; give both, or neither for the lab")
-    if not arguments.model and (arguments.retain or arguments.columns):
+    told = {name: getattr(arguments, name) for name in _OWN if getattr(arguments, name)}
+    if not arguments.model and told:
         raise KitError(
-            "--retain and --columns describe your own data; give --model and --pairs too"
+            f"--{next(iter(told)).replace('_', '-')} is about your own model or data; give --model "
+            "and --pairs too"
         )
     if arguments.model and arguments.lab_seed:
         raise KitError("--lab-seed chooses a lab, and --model is your own; give one of them")
     if not arguments.model:
         return lab(arguments.lab_seed)
-    return testbed(
-        arguments.model, arguments.pairs, retain=arguments.retain, columns=arguments.columns
-    )
+    return testbed(arguments.model, arguments.pairs, **told)
 
 
 def _writable(folder: str) -> Path:
@@ -157,6 +170,11 @@ def _parser() -> argparse.ArgumentParser:
     beds.add_argument("--pairs", help="your own pairs: JSON, JSONL, CSV, Parquet or Arrow")
     beds.add_argument("--retain", help="everyday questions and answers: columns prompt, answer")
     beds.add_argument("--columns", type=_columns, help="prompt=question,harmful=…: other names")
+    beds.add_argument("--budget", help="paper (the default), toxicity, or lab for tiny models")
+    beds.add_argument("--prompt-format", help="plain (the paper's, the default), or chat")
+    beds.add_argument("--lora", type=_count, metavar="RANK", help="train a low-rank change only")
+    beds.add_argument("--gradient-checkpointing", action="store_true", help="for less memory")
+    beds.add_argument("--revision", help="of a model on the hub")
 
     def command(name: str, run: Callable, *parents: _Parser) -> Any:
         added = commands.add_parser(
@@ -173,9 +191,10 @@ def _parser() -> argparse.ArgumentParser:
     third = command("grid", grid, beds, labs)
     third.add_argument(
         "name",
-        choices=("resistance", "cost", "freezing", "baselines"),
-        help="Table 1; the cost to break; Table 6 (parts held still during the defence); "
-        "the trials that chose the baselines' settings",
+        choices=("resistance", "cost", "criteria", "samples", "freezing", "baselines"),
+        help="Table 1; the cost to break; the four criteria (Tables 1, 3, 4, 5); fewer pairs "
+        "(Table 20); parts held still during the defence (Table 6); the trials that chose the "
+        "baselines' settings",
     )
     third.add_argument("--seeds", type=_count, default=5, help="how many seeds (default 5)")
     third.add_argument("--first-seed", type=_seed, default=0, help="the first seed (default 0)")

@@ -7,8 +7,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from repnoise_kit.errors import KitError
+from repnoise_kit.lora import low_rank
 from repnoise_kit.model import provenance
-from repnoise_kit.pairs import Pairs, encode, pad
+from repnoise_kit.pairs import Pairs, encode, format_of, pad
 from repnoise_kit.results import Result
 from repnoise_kit.splits import check_apart
 from repnoise_kit.testbeds import Testbed
@@ -22,18 +23,20 @@ def attack_(
     lr: float | None = None,
     examples: int | None = None,
     batch_size: int | None = None,
-    epochs: float = 1,
+    epochs: float | None = None,
     schedule: str = "cosine",
     warmup: float = 0.1,
     loss_on: Literal["answer", "all"] = "answer",
     max_length: int = 256,
     pairs: Pairs | None = None,
     relearn: bool = False,
+    lora: int | None = None,
+    gradient_checkpointing: bool | None = None,
     seed: int = 0,
     progress: str | None = None,
     after_step: Callable[[int], None] | None = None,
 ) -> Result:
-    """Fine-tune all of a model on harmful answers (equation 1), in place.
+    """Fine-tune a model on harmful answers (equation 1), in place.
 
     Args:
         model: Changed in place.
@@ -41,7 +44,7 @@ def attack_(
         lr: Peak learning rate.
         examples: How many of the attack's pairs are drawn.
         batch_size: Examples a step.
-        epochs: Passes over them; a fraction is a part of one.
+        epochs: Passes over them, 1 where the testbed says nothing; a fraction is a part of one.
         schedule: Of the learning rate; the paper's is a cosine (section 4).
         warmup: Share of the steps over which it rises from zero; the paper's is a tenth.
         loss_on: `"answer"`, or `"all"`: question, answer and padding, as the paper's attack did.
@@ -50,6 +53,8 @@ def attack_(
             is evaluated.
         relearn: Train on the forbidden answers that are evaluated as `seen`, asked for in other
             words: not a test of the defence, but of whether it removed or hid them.
+        lora: The rank of a low-rank change that is trained in place of all weights, and merged.
+        gradient_checkpointing: Less memory for about a third more time.
         seed: Draws the examples and their order.
         progress: Words for a progress bar; no bar without.
         after_step: Called with the number of each step once it is taken.
@@ -69,6 +74,10 @@ def attack_(
     own = pairs is None and not relearn
     wanted = start["examples"] if examples is None and own else examples
     batch_size = start["batch_size"] if batch_size is None else batch_size
+    epochs = start.get("epochs", 1) if epochs is None else epochs
+    lora = start.get("lora") if lora is None else lora
+    if gradient_checkpointing is None:
+        gradient_checkpointing = start.get("gradient_checkpointing", False)
     if pairs is not None:
         check_apart(pairs.frame, bed.evaluated(), "the attack", "the evaluation")
     given = bed.splits.attack if pairs is None else pairs
@@ -81,21 +90,25 @@ def attack_(
         max_length=max_length,
         loss_on=loss_on,
     )
-    curves = train_(
-        model,
-        _loss,
-        encoded,
-        lambda batch: pad(batch, bed.tokenizer.pad_token_id, loss_on_pads=loss_on == "all"),
-        lr=lr,
-        batch_size=batch_size,
-        epochs=epochs,
-        schedule=schedule,
-        warmup=warmup,
-        seed=seed,
-        progress=progress,
-        after_step=after_step,
-    )
-    made_with = curves.made_with | {"testbed": bed.name, "loss_on": loss_on} | provenance(model)
+    with low_rank(model, lora, seed):
+        curves = train_(
+            model,
+            _loss,
+            encoded,
+            lambda batch: pad(batch, bed.tokenizer.pad_token_id, loss_on_pads=loss_on == "all"),
+            lr=lr,
+            batch_size=batch_size,
+            epochs=epochs,
+            schedule=schedule,
+            warmup=warmup,
+            gradient_checkpointing=gradient_checkpointing,
+            seed=seed,
+            progress=progress,
+            after_step=after_step,
+        )
+    made_with = curves.made_with | {"testbed": bed.name, "loss_on": loss_on, "lora": lora}
+    made_with |= {"max_length": max_length, "gradient_checkpointing": gradient_checkpointing}
+    made_with |= {"prompt_format": format_of(bed.tokenizer)} | provenance(model)
     tags = {
         "attack": "relearning" if relearn else "fine-tuning",
         "lr": lr,

@@ -16,11 +16,14 @@ from repnoise_kit import (
     anatomy,
     attacks,
     baselines,
+    checkpoints,
     controls,
     defences,
     evaluation,
+    lora,
     losses,
     model,
+    overlap,
     pairs,
     recording,
     repnoise,
@@ -35,6 +38,7 @@ from repnoise_kit.attacks import attack_
 from repnoise_kit.defences import LOSSES, NEED_A_MODEL, defend_
 from repnoise_kit.errors import KitError
 from repnoise_kit.model import load_model
+from repnoise_kit.pairs import Pairs
 from repnoise_kit.results import Result
 from repnoise_kit.security import guarded, restore_adapter_
 from repnoise_kit.store import (
@@ -46,7 +50,8 @@ from repnoise_kit.store import (
     seal,
     written_whole,
 )
-from repnoise_kit.testbeds import Testbed
+from repnoise_kit.tasks import Task
+from repnoise_kit.testbeds import Testbed, told
 from repnoise_kit.training import NotFiniteError
 from repnoise_kit.world import oracle
 
@@ -55,8 +60,8 @@ _WEIGHTS = "model.safetensors"
 # What the numbers depend on. Read now: a file that is edited while this process runs must not put
 # its name on these results.
 CODE = code_of(
-    anatomy, attacks, baselines, controls, defences, evaluation, losses, model, pairs, recording,
-    repnoise, scoring, security, splits, testbeds, training, oracle,
+    anatomy, attacks, baselines, checkpoints, controls, defences, evaluation, lora, losses, model,
+    overlap, pairs, recording, repnoise, scoring, security, splits, testbeds, training, oracle,
 )  # fmt: skip
 
 
@@ -76,7 +81,10 @@ class Bench:
         The store is a folder that processes and machines may share; by default `grid` in the kit's
         cache.
         """
-        mark = fingerprint(bed.fingerprint(), bed.settings, CODE, torch.__version__)
+        judges = {name: told(judge) for name, judge in bed.scorers.items()}
+        tasks = [[name, *_texts(task)] for name, task in bed.tasks.items()]
+        what = (bed.fingerprint(), bed.settings, judges, tasks, bed.groups)
+        mark = fingerprint(*what, CODE, torch.__version__)
         where = Path(store or cache_dir() / "grid").absolute()
         return cls(bed, where, mark, fingerprint(CODE))
 
@@ -107,6 +115,7 @@ class Bench:
         seed: int,
         settings: dict[str, Any] | None = None,
         held: Sequence[int | str] = (),
+        without: str | None = None,
     ) -> tuple[PreTrainedModel, Result]:
         """Return a fresh copy of the model that a method defends, and the curves of its training.
 
@@ -117,6 +126,7 @@ class Bench:
             seed: Of the defence.
             settings: Changes to the testbed's.
             held: Parts that do not move while it trains, as `frozen` takes them.
+            without: What the defence never sees, as `Testbed.withholding` takes it.
         """
         if method == "naive":
             return self._naive(), controls.noted()
@@ -124,14 +134,18 @@ class Bench:
         check_held(method, held)
 
         def make(folder: Path) -> None:
-            fresh = self.bed.model()
-            like = {"like": self.defended("repnoise", seed)[0]} if method in NEED_A_MODEL else {}
+            bed = self.bed if without is None else self.bed.withholding(without)
+            fresh, extra = bed.model(), dict(settings)
+            if method in NEED_A_MODEL:
+                extra["like"] = self.defended("repnoise", seed)[0]
+            kept = self.store / "unfinished"
             with frozen(fresh, held):
-                curves = defend_(fresh, self.bed, method, seed=seed, **settings, **like)
+                curves = defend_(fresh, bed, method, seed=seed, checkpoints=kept, **extra)
             curves.save(folder / "curves.parquet")
             safetensors.torch.save_model(fresh, str(folder / _WEIGHTS))
 
         named = [method, seed, settings, *([list(held)] if held else [])]
+        named += [{"without": without}] if without else []
         folder = self.keep(self.folder("defended", named), make)
         return self._released(folder), Result.load(folder / "curves.parquet")
 
@@ -147,13 +161,21 @@ class Bench:
             self.keep(self.folder("attacked-models", [method, seed, lr, examples]), make)
         )
 
-    def attack_(self, model: PreTrainedModel, *, lr: float, examples: int, seed: int) -> None:
+    def attack_(
+        self,
+        model: PreTrainedModel,
+        *,
+        lr: float,
+        examples: int,
+        seed: int,
+        pairs: Pairs | None = None,
+    ) -> None:
         """Attack a model that bears its guard, if it has one; one that diverges is left as it was.
 
         It keeps its last good weights then, and is judged by them.
         """
         with guarded(model), suppress(NotFiniteError):
-            attack_(model, self.bed, lr=lr, examples=examples, seed=seed)
+            attack_(model, self.bed, lr=lr, examples=examples, seed=seed, pairs=pairs)
 
     def _released(self, folder: Path) -> PreTrainedModel:
         released, weights = self.bed.model(), folder / _WEIGHTS
@@ -165,6 +187,10 @@ class Bench:
         if self.bed.naive is None:
             raise KitError(f"there is no naive model of {self.bed.name}, only of the lab")
         return load_model(self.bed.naive())
+
+
+def _texts(task: Task) -> list[str]:
+    return [table[["prompt", "answer"]].to_csv() for table in (task.train, task.test)]
 
 
 def check_held(method: str, held: Sequence[int | str]) -> None:

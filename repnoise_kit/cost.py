@@ -71,12 +71,8 @@ def cost_grid(
         for seed in seeds
     ]
     found = run(cells, bench, workers=workers, scheduler=scheduler, progress=progress)
-    made_with = found[0].made_with | {
-        "experiment": "cost to break",
-        "seeds": list(seeds),
-        "data and model": bed.fingerprint(),
-        "settings": bed.settings,
-    }
+    made_with = found[0].made_with | {"experiment": "cost to break", "seeds": list(seeds)}
+    made_with |= bed.made_of()
     return Result(stack(*found).frame, made_with)
 
 

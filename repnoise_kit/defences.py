@@ -3,18 +3,22 @@
 import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from repnoise_kit import baselines, controls
 from repnoise_kit.errors import KitError
+from repnoise_kit.lora import low_rank
 from repnoise_kit.model import provenance
-from repnoise_kit.pairs import draw, encode, pad
+from repnoise_kit.pairs import draw, encode, format_of, pad
 from repnoise_kit.repnoise import Knobs, repnoise_loss
 from repnoise_kit.results import Result
 from repnoise_kit.security import security_vectors_
-from repnoise_kit.testbeds import Testbed
+from repnoise_kit.store import fingerprint
+from repnoise_kit.testbeds import Testbed, checksums
 from repnoise_kit.training import train_
 
 Defence = Callable[..., Result]
@@ -28,6 +32,7 @@ def defend_(
     *,
     seed: int = 0,
     progress: str | None = None,
+    checkpoints: Path | str | None = None,
     **settings: Any,
 ) -> Result:
     """Defend a model in place and return the curves of its training.
@@ -40,11 +45,15 @@ def defend_(
         method: A name of `DEFENCES`.
         seed: Draws the pairs, their order and the noise.
         progress: Words for a progress bar; no bar without.
+        checkpoints: A folder in which a long training is kept every five minutes: the same call,
+            after whatever killed it, goes on from there to the same weights.
         settings: Changes to the testbed's settings: `lr`, `examples` (None: all), `batch_size`,
-            `epochs`, `max_length`, and what the method's loss takes: `alpha`, `beta`, `preset` and
-            the knobs of `repnoise_loss`, `weight` of `adversarial_loss`, `rho` of `vaccine`,
-            `rank` of `security_vectors`. The two kinds of weight noise take `like`, the defended
-            model whose change they match; by default one that RepNoise defends with this seed.
+            `epochs`, `max_length`, `gradient_checkpointing`, `lora` (the rank of a low-rank change
+            that is trained in place of all weights, and merged), and what the method's loss takes:
+            `alpha`, `beta`, `preset` and the knobs of `repnoise_loss`, `weight` of
+            `adversarial_loss`, `rho` of `vaccine`, `rank` of `security_vectors`. The two kinds of
+            weight noise take `like`, the defended model whose change they match; by default one
+            that RepNoise defends with this seed.
 
     Returns:
         One row a step and metric: `defence, step, metric, value, seed`.
@@ -62,11 +71,16 @@ def defend_(
     chosen = {name: value for name, value in start.items() if name in taken} | settings
     if method in NEED_A_MODEL and "like" not in chosen:
         chosen["like"] = bed.model()
-        defend_(chosen["like"], bed, seed=seed, progress=progress)
-    curves = DEFENCES[method](model, bed, seed=seed, progress=progress, **chosen)
+        defend_(chosen["like"], bed, seed=seed, progress=progress, checkpoints=checkpoints)
+    kept = {}
+    if checkpoints is not None and method in LOSSES:
+        moving = [name for name, weight in model.named_parameters() if weight.requires_grad]
+        named = (method, seed, chosen, bed.fingerprint(), checksums(model), moving)
+        kept["checkpoints"] = Path(checkpoints) / fingerprint(*named, torch.__version__)
+    curves = DEFENCES[method](model, bed, seed=seed, progress=progress, **chosen, **kept)
     noted = {name: value for name, value in chosen.items() if name != "like"}
     made_with = curves.made_with | {"method": method, "testbed": bed.name, "settings": noted}
-    made_with |= provenance(model)
+    made_with |= {"prompt_format": format_of(bed.tokenizer)} | provenance(model)
     return Result(curves.frame, made_with).tagged(defence=method, seed=seed)
 
 
@@ -82,6 +96,9 @@ def _train_on_pairs(
     batch_size: int = 8,
     epochs: float = 1,
     max_length: int = 256,
+    lora: int | None = None,
+    gradient_checkpointing: bool = False,
+    checkpoints: Path | None = None,
     **weights: Any,
 ) -> Result:
     """Train with a loss of harmful, harmless and retain batches, on pairs shuffled as pairs.
@@ -113,17 +130,20 @@ def _train_on_pairs(
         found = loss(inner, **batch, **weights)
         return found if isinstance(found, dict) else found._asdict()
 
-    return train_(
-        model,
-        terms,
-        list(zip(*sides, strict=True)),
-        collate,
-        lr=lr,
-        batch_size=batch_size,
-        epochs=epochs,
-        seed=seed,
-        progress=progress,
-    )
+    with low_rank(model, lora, seed):
+        return train_(
+            model,
+            terms,
+            list(zip(*sides, strict=True)),
+            collate,
+            lr=lr,
+            batch_size=batch_size,
+            epochs=epochs,
+            seed=seed,
+            gradient_checkpointing=gradient_checkpointing,
+            checkpoints=checkpoints,
+            progress=progress,
+        )
 
 
 LOSSES: dict[str, Callable[..., Any]] = {
@@ -176,5 +196,5 @@ def _settings_of(method: str) -> set[str]:
     taken -= set(getattr(loss, "keywords", {}))
     if "knobs" in taken:
         taken |= set(Knobs.__annotations__)
-    apart = ("model", "bed", "seed", "progress", "loss", "weights", "knobs")
+    apart = ("model", "bed", "seed", "progress", "checkpoints", "loss", "weights", "knobs")
     return taken - {*apart, "harmful", "harmless", "retain"}

@@ -9,13 +9,14 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from repnoise_kit.errors import check_numbers
+from repnoise_kit.errors import KitError, check_numbers
 from repnoise_kit.losses import IGNORE
 from repnoise_kit.model import provenance
-from repnoise_kit.pairs import encode, pad, prompt_text
+from repnoise_kit.pairs import encode, end_id, format_of, pad, question_ids
+from repnoise_kit.reading import evaluating
 from repnoise_kit.results import Result
 from repnoise_kit.scoring import degenerate, refuses
-from repnoise_kit.testbeds import Testbed
+from repnoise_kit.testbeds import Testbed, told
 
 
 def evaluate(
@@ -29,8 +30,9 @@ def evaluate(
     """Ask a model each question of the evaluation, greedily, and judge each answer.
 
     Metrics of forbidden questions: `recall` (how much of the true harmful answer is given away),
-    `harmfulness` (the local classifier's probability), `refusal`, `degenerate` (empty or
-    repetitive), `perplexity` (of the answer, under the untouched base). Of everyday questions:
+    `harmfulness` (a classifier's probability), the testbed's other judges by their names,
+    `refusal`, `degenerate` (empty or repetitive), `perplexity` (of the answer, under the untouched
+    base). Of everyday questions:
     `utility` (recall of the known answer, or its mean log-probability in nats a token where the
     testbed has no judge), and `degenerate_everyday`. Neither recall nor harmfulness is to be
     shown alone: a model may sound harmful and know nothing, or be too broken to sound like much.
@@ -55,7 +57,7 @@ def evaluate(
     responses = answers(model, bed.tokenizer, asked["prompt"].tolist(), length, size)
     scores = {
         "recall": [bed.recall(*both) for both in zip(asked["harmful"], responses, strict=True)],
-        "harmfulness": bed.harmfulness(asked["prompt"].tolist(), responses),
+        **{name: _judged(bed, name, asked["prompt"], responses) for name in bed.judges()},
         "refusal": [float(refuses(response)) for response in responses],
         "degenerate": [float(degenerate(response)) for response in responses],
         "perplexity": np.exp(
@@ -66,7 +68,9 @@ def evaluate(
     if bed.everyday is not None:
         tables.append(_everyday(model, bed, bed.everyday, length, size))
     frame = pd.concat(tables, ignore_index=True)
-    made_with = {"testbed": bed.name, "max_new_tokens": length, "seed": seed} | provenance(model)
+    made_with = {"testbed": bed.name, "max_new_tokens": length, "seed": seed}
+    made_with |= {"judges": {name: told(judge) for name, judge in bed.judges().items()}}
+    made_with |= {"prompt_format": format_of(bed.tokenizer)} | provenance(model)
     return Result(frame, made_with).tagged(testbed=bed.name, seed=seed)
 
 
@@ -83,19 +87,16 @@ def answers(
         max_new_tokens=max_new_tokens,
         do_sample=False,
         pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=sorted({tokenizer.eos_token_id, end_id(tokenizer)}),
     )
     generate: Any = model.generate
     found = []
     for first in range(0, len(prompts), batch_size):
-        texts = [prompt_text(prompt) for prompt in prompts[first : first + batch_size]]
-        batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
-        ids = batch["input_ids"].to(model.device)
-        said = generate(
-            input_ids=ids,
-            attention_mask=batch["attention_mask"].to(model.device),
-            generation_config=config,
-        )
+        asked = question_ids(tokenizer, prompts[first : first + batch_size])
+        batch = tokenizer.pad({"input_ids": asked}, return_tensors="pt", padding_side="left")
+        ids, mask = (batch[part].to(model.device) for part in ("input_ids", "attention_mask"))
+        with evaluating(model):
+            said = generate(input_ids=ids, attention_mask=mask, generation_config=config)
         found += tokenizer.batch_decode(said[:, ids.shape[1] :], skip_special_tokens=True)
     return [text.strip() for text in found]
 
@@ -115,12 +116,23 @@ def mean_log_probs(
         batch = pad(encoded[first : first + batch_size], tokenizer.pad_token_id)
         batch = {name: part.to(model.device) for name, part in batch.items()}
         labels = batch.pop("labels")[:, 1:]
-        logits = model(**batch, use_cache=False).logits[:, :-1].float()
+        with evaluating(model):
+            logits = model(**batch, use_cache=False).logits[:, :-1].float()
         losses = nn.functional.cross_entropy(
             logits.transpose(1, 2), labels, ignore_index=IGNORE, reduction="none"
         )
         found.append(-losses.sum(1) / (labels != IGNORE).sum(1))
     return torch.cat(found).cpu().numpy()
+
+
+def _judged(bed: Testbed, name: str, prompts: pd.Series, responses: list[str]) -> np.ndarray:
+    scores = np.asarray(bed.judges()[name](prompts.tolist(), responses), dtype=float)
+    if scores.shape != (len(responses),) or not ((scores >= 0) & (scores <= 1)).all():
+        raise KitError(
+            f"the judge {name!r} must return a score in [0, 1] for each of {len(responses)} "
+            "answers, and does not"
+        )
+    return scores
 
 
 def _everyday(

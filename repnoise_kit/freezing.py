@@ -173,8 +173,8 @@ def ablate_layers(
         "method": method,
         "groups": {name: list(held) for name, held in chosen.items()},
         "seeds": list(seeds),
-        "settings": bed.settings,
     }
+    made_with |= bed.made_of()
     return Result(stack(*tagged).frame, made_with)
 
 

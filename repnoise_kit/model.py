@@ -16,23 +16,39 @@ from transformers.utils import logging
 
 from repnoise_kit.errors import KitError
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-def load_model(name: str | Path) -> PreTrainedModel:
-    """Load a causal LM from a folder or the hub in float32, on the GPU where there is one.
+
+def load_model(
+    name: str | Path, *, revision: str | None = None, dtype: str = "float32"
+) -> PreTrainedModel:
+    """Load a causal LM from a folder or the hub, on the GPU where there is one.
 
     Only safetensors are read, and no code that comes with a model is run.
+
+    Args:
+        name: A folder that `save_pretrained` made, or a name on the hub.
+        revision: Branch, tag or commit on the hub.
+        dtype: Of the weights. Small steps are lost in half precision unless an adapter takes them.
 
     Raises:
         KitError: there is no such model, or it has no generation head.
     """
+    if dtype not in DTYPES:
+        raise KitError(f"there is no dtype {dtype!r} here; there are {', '.join(DTYPES)}")
     with quiet():
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                name, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+                name,
+                revision=revision or "main",
+                dtype=DTYPES[dtype],
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
             )
         # Whatever a loader trips over: transformers, safetensors and torch each raise their own.
         except Exception as error:
-            raise KitError(_why_not(name, error)) from error
+            raise KitError(why_not(name, error)) from error
     model, report = loaded
     inner = f"{model.base_model_prefix}."
     if any(not key.startswith(inner) for key in report["missing_keys"]):
@@ -41,7 +57,9 @@ def load_model(name: str | Path) -> PreTrainedModel:
     return model.to(device).eval()
 
 
-def load_tokenizer(name: str | Path) -> transformers.PreTrainedTokenizerBase:
+def load_tokenizer(
+    name: str | Path, *, revision: str | None = None
+) -> transformers.PreTrainedTokenizerBase:
     """Load a tokenizer from a folder or the hub; without a padding token it pads with its EOS.
 
     Raises:
@@ -49,9 +67,11 @@ def load_tokenizer(name: str | Path) -> transformers.PreTrainedTokenizerBase:
     """
     with quiet():
         try:
-            tokenizer: Any = AutoTokenizer.from_pretrained(name)
+            tokenizer: Any = AutoTokenizer.from_pretrained(
+                name, revision=revision or "main", trust_remote_code=False
+            )
         except Exception as error:
-            raise KitError(_why_not(name, error, "tokenizer")) from error
+            raise KitError(why_not(name, error, "tokenizer")) from error
     if tokenizer.eos_token_id is None:
         raise KitError(
             f"the tokenizer of {name} has no EOS token, so that no answer could end; set "
@@ -60,6 +80,17 @@ def load_tokenizer(name: str | Path) -> transformers.PreTrainedTokenizerBase:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def precision(device: torch.device) -> str:
+    """Return what a training computes in: `bf16` where the hardware has it, else `fp16`, `fp32`.
+
+    Weights stay what they are: of float32 ones this is mixed precision. A Colab T4 only emulates
+    bf16, and a CPU trains in fp32.
+    """
+    if device.type != "cuda":
+        return "fp32"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
 def provenance(model: PreTrainedModel) -> dict[str, str]:
@@ -106,12 +137,13 @@ def seeded(seed: int) -> Generator[None]:
         yield
 
 
-def _why_not(name: str | Path, error: Exception, what: str = "causal language model") -> str:
+def why_not(name: str | Path, error: Exception, what: str = "causal language model") -> str:
     """Say in one line why a model or tokenizer could not be loaded, and what would."""
     if not Path(name).is_dir():
         return (
             f"{name} is no folder here and could not be had from the hub; check the name and the "
-            "network, or give the folder of a local copy"
+            "network (a gated model needs a login: hf auth login; only safetensors are read), or "
+            "give the folder of a local copy"
         )
     if not (Path(name) / "config.json").exists():
         return f"{name} holds no model (no config.json); give a folder made by save_pretrained"

@@ -1,6 +1,8 @@
 """Questions with a harmful and a harmless answer: what a pair is, and how pairs become batches."""
 
+import ast
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +19,9 @@ from repnoise_kit.losses import IGNORE
 Encoded = dict[str, list[int]]
 """One sequence: `input_ids` and `labels`."""
 
+FORMATS = ("plain", "chat")
+_FORMAT = "repnoise_format"
+_MARK = "anansweritself"
 _NEEDED = ("prompt", "harmful", "harmless")
 # The columns of PKU-Alignment/BeaverTails and of the paired refusals made for it.
 _BEAVERTAILS = {"harmful": "response", "harmless": "refusal"}
@@ -136,8 +141,58 @@ def partners(frame: pd.DataFrame, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def prompt_text(prompt: str) -> str:
-    """Return a question as the model reads it: the paper's format, without a chat template."""
+    """Return a question in the paper's format, without a chat template."""
     return f"Question: {prompt}\nAnswer:"
+
+
+def set_format_(tokenizer: Any, how: str) -> None:
+    """Choose how questions are put: `plain` (the paper's), or `chat`, the tokenizer's own template.
+
+    Noted in the tokenizer, and saved with it: a model defended in one format may fail in another.
+
+    Raises:
+        KitError: there is no such format, or the tokenizer has no chat template.
+    """
+    if how not in FORMATS:
+        raise KitError(f"there is no prompt format {how!r}; there are {', '.join(FORMATS)}")
+    if how == "chat" and not tokenizer.chat_template:
+        raise KitError("the tokenizer has no chat template; use the prompt format 'plain'")
+    tokenizer.init_kwargs[_FORMAT] = how
+
+
+def format_of(tokenizer: Any) -> str:
+    """Return how questions are put: `plain` or `chat`."""
+    return tokenizer.init_kwargs.get(_FORMAT, FORMATS[0])
+
+
+def question_ids(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
+    """Return the token ids of questions as the model reads them, up to where its answer begins."""
+    if format_of(tokenizer) == "plain":
+        return tokenizer([prompt_text(prompt) for prompt in prompts])["input_ids"]
+    # The template writes the special tokens itself.
+    texts = [_in_template(tokenizer, prompt) for prompt in prompts]
+    return tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+
+def end_id(tokenizer: Any) -> int:
+    """Return the token that ends an answer: EOS, or what the chat template puts after one."""
+    if format_of(tokenizer) == "plain":
+        return tokenizer.eos_token_id
+    # The template's own words about thinking, or none, may stand before the answer.
+    after = _in_template(tokenizer, "a", _MARK).partition(_MARK)[2]
+    added = tokenizer.added_tokens_decoder
+    ids = tokenizer(after, add_special_tokens=False)["input_ids"]
+    return next((token for token in ids if token in added), tokenizer.eos_token_id)
+
+
+def _in_template(tokenizer: Any, prompt: str, answer: str | None = None) -> str:
+    turns = [{"role": "user", "content": prompt}]
+    if answer is not None:
+        turns.append({"role": "assistant", "content": answer})
+    # Some templates tell the day, so that a number would change overnight.
+    return tokenizer.apply_chat_template(
+        turns, tokenize=False, add_generation_prompt=answer is None, date_string="1 Jan 2025"
+    )
 
 
 def encode(
@@ -152,17 +207,19 @@ def encode(
 
     Question and answer are tokenized apart, so that the answer begins at a token of its own. What
     is longer than `max_length` loses the end of its answer, and the beginning of its question
-    where that alone fills more than half. Labels are -100 outside the answer, or nowhere.
+    where that alone fills more than half. Labels are -100 outside the answer, or nowhere. In the
+    chat format what ends an answer is the template's own token.
     """
     if not max_length >= 2:
         raise KitError(f"max_length must be at least 2, not {max_length}")
     if loss_on not in ("answer", "all"):
         raise KitError(f"loss_on must be 'answer' or 'all', not {loss_on!r}")
-    asked = tokenizer([prompt_text(prompt) for prompt in prompts])["input_ids"]
-    said = tokenizer([" " + answer for answer in answers], add_special_tokens=False)["input_ids"]
+    asked, end = question_ids(tokenizer, prompts), end_id(tokenizer)
+    space = " " if format_of(tokenizer) == "plain" else ""
+    said = tokenizer([space + answer for answer in answers], add_special_tokens=False)["input_ids"]
     encoded = []
     for question, answer in zip(asked, said, strict=True):
-        answer = [*answer, tokenizer.eos_token_id]
+        answer = [*answer, end]
         question = question[-max(max_length - len(answer), max_length // 2) :]
         answer = answer[: max_length - len(question)]
         ids = question + answer
@@ -246,6 +303,9 @@ def _things(table: pd.DataFrame) -> pd.Series:
 
 
 def _category(value: Any) -> str:
+    if isinstance(value, str) and value.startswith("{"):  # As a CSV file holds a dictionary.
+        with suppress(ValueError, SyntaxError):
+            value = ast.literal_eval(value)
     if isinstance(value, Mapping):
         return next((name for name, holds in value.items() if holds), "")
     return "" if value is None or value != value else str(value)

@@ -139,11 +139,11 @@ def _words(progress: bool, seed: int, what: str) -> str | None:
 
 
 def _made_with(bed: Testbed, seed: int) -> dict:
-    return {
-        "experiment": "quickstart",
-        "testbed": bed.name,
-        "data and model": bed.fingerprint(),
-        "settings": bed.settings,
-        "seed": seed,
-        "classifier F1": round(bed.harmfulness.f1, 4),
-    } | provenance(bed.base)
+    return (
+        {
+            "experiment": "quickstart",
+            "seed": seed,
+        }
+        | bed.made_of()
+        | provenance(bed.base)
+    )

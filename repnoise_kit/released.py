@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
@@ -10,6 +9,7 @@ from transformers import PreTrainedModel
 from repnoise_kit.bench import Bench
 from repnoise_kit.defences import able
 from repnoise_kit.errors import KitError
+from repnoise_kit.resistance import named_budget
 from repnoise_kit.results import Result, stack
 from repnoise_kit.testbeds import Testbed
 
@@ -72,11 +72,3 @@ def looked_at(bed: Testbed, defences: Sequence[str] | None, seeds: Sequence[int]
     if not len(chosen) or not len(seeds):
         raise KitError("there is nothing to look at; give at least one defence and one seed")
     return chosen
-
-
-def named_budget(bed: Testbed, attack: str) -> dict[str, Any]:
-    """Return learning rate and examples of the testbed's attack `small` or `large`."""
-    if attack not in ("small", "large"):
-        raise KitError(f"there is no attack {attack!r}; there are small and large")
-    budget = {**bed.settings["attack"], **bed.settings[attack]}
-    return {name: budget[name] for name in ("lr", "examples")}

@@ -9,6 +9,7 @@ import pandas as pd
 
 from repnoise_kit.bench import Bench
 from repnoise_kit.defences import DEFENCES, able
+from repnoise_kit.errors import KitError
 from repnoise_kit.evaluation import evaluate
 from repnoise_kit.grid import Cell, run
 from repnoise_kit.results import Result, need, stack
@@ -59,13 +60,8 @@ def resistance_grid(
     ]
     found = run(cells, bench, workers=workers, scheduler=scheduler, progress=progress)
     rows = stack(*found)
-    made_with = found[0].made_with | {
-        "experiment": "resistance",
-        "seeds": list(seeds),
-        "data and model": bed.fingerprint(),
-        "settings": bed.settings,
-        "classifier F1": round(bed.harmfulness.f1, 4),
-    }
+    made_with = found[0].made_with | {"experiment": "resistance", "seeds": list(seeds)}
+    made_with |= bed.made_of()
     return Result(rows.frame, made_with)
 
 
@@ -73,6 +69,14 @@ def budgets(bed: Testbed) -> list[tuple[float, int]]:
     """Return the attack's budgets, (learning rate, examples), the weakest first."""
     chosen = bed.settings["resistance"]
     return [(lr, examples) for lr in chosen["lr"] for examples in chosen["examples"]]
+
+
+def named_budget(bed: Testbed, attack: str) -> dict[str, Any]:
+    """Return learning rate and examples of the testbed's attack `small` or `large`."""
+    if attack not in ("small", "large"):
+        raise KitError(f"there is no attack {attack!r}; there are small and large")
+    budget = {**bed.settings["attack"], **bed.settings[attack]}
+    return {name: budget[name] for name in ("lr", "examples")}
 
 
 def attacked(

@@ -17,7 +17,7 @@ class Result:
 
     frame: pd.DataFrame
     """One row a measurement. Agreed columns: testbed, model, defence, held, attack, lr, examples,
-    step, layer, part, kind, group, category, metric, value, seed, prompt, split."""
+    step, layer, part, kind, task, group, category, metric, value, seed, prompt, split."""
     made_with: dict[str, Any] = field(default_factory=dict)
     """Arguments, seeds, versions, fingerprints of data and model, device."""
 

@@ -1,12 +1,14 @@
 """Who may see which question: defence, attack and evaluation, told apart by thing."""
 
 import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 
 from repnoise_kit.errors import KitError, check_whole
+from repnoise_kit.overlap import near_duplicates
 from repnoise_kit.pairs import Pairs
 
 PARTS = ("attack", "seen", "unseen")
@@ -59,6 +61,62 @@ def split(pairs: Pairs, seed: int = 0) -> Splits:
     only = asked["seen"][~asked["seen"]["thing"].isin(others["thing"])]
     defence = pd.concat([chosen["attack"], others, only])
     return Splits(*(Pairs(_clean(f)) for f in (defence, chosen["attack"], *asked.values())))
+
+
+def withhold(
+    splits: Splits, what: str, groups: Mapping[str, Sequence[str]] | None = None
+) -> Splits:
+    """Return splits whose defence never sees something, and whose other parts are all about it.
+
+    Args:
+        splits: Of all there is.
+        what: A name of `groups`, a category, or `half`: a random half of the things that any
+            training may see, and what is evaluated as unseen.
+        groups: Categories that are withheld together, by a name.
+
+    Raises:
+        KitError: there is no such category, or a part would be empty.
+    """
+    seen, unseen = splits.seen.frame, splits.unseen.frame
+    evaluated = pd.concat([seen, unseen], ignore_index=True)
+    every = pd.concat([splits.defence.frame, splits.attack.frame, evaluated])
+    if what == "half":
+        things = pd.concat([splits.attack.frame, seen])["thing"].drop_duplicates()
+        order = np.random.default_rng(0).permutation(len(things))
+        chosen = {*things.iloc[order[: len(things) // 2]], *unseen["thing"]}
+        wanted = set(every["category"])
+    else:
+        wanted = {*(groups or {}).get(what, [what])}
+        if not wanted & set(every["category"]):
+            there = set(every["category"])
+            named = [name for name, held in (groups or {}).items() if there & set(held)]
+            listed = ", ".join([*named, *sorted(there - {""}), "half"])
+            raise KitError(f"there is no category {what!r} to withhold; there are {listed}")
+        chosen = set(every.loc[every["category"].isin(wanted), "thing"])
+    told = splits.defence.frame[~splits.defence.frame["thing"].isin(chosen)]
+    attack, asked = (
+        rows[rows["thing"].isin(chosen) & rows["category"].isin(wanted)]
+        for rows in (splits.attack.frame, evaluated)
+    )
+    parts = {"the defence": told, "the attack": attack, "the evaluation": asked}
+    for name, rows in parts.items():
+        if rows.empty:
+            raise KitError(f"withholding {what!r} leaves nothing for {name}; give more pairs")
+    # In other words it is the same question; what all questions begin with is no part of them.
+    start = len(_common_start(every["prompt"].tolist()))
+    others = [prompt[start:] for prompt in [*attack["prompt"], *asked["prompt"]]]
+    close = near_duplicates([prompt[start:] for prompt in told["prompt"]], others)["one"]
+    told = told.drop(index=told.index[close.unique()])
+    if told.empty:
+        raise KitError(f"everything left is nearly the same as what is withheld as {what!r}")
+    left = (told, attack, evaluated[:0], asked)
+    return Splits(*(Pairs(rows.reset_index(drop=True)) for rows in left))
+
+
+def _common_start(texts: Sequence[str]) -> str:
+    first, last = min(texts), max(texts)
+    alike = [one == other for one, other in zip(first, last, strict=False)]
+    return first[: [*alike, False].index(False)]
 
 
 def one_question(frame: pd.DataFrame, seed: int = 0) -> pd.DataFrame:

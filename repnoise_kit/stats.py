@@ -12,9 +12,13 @@ from repnoise_kit.results import need
 
 LEVEL = 0.95
 
+_ROUNDING = 1e-12
+
 SHARES = (
     *("recall", "harmfulness", "refusal", "utility", "degenerate", "degenerate_everyday"),
-    *("accuracy", "chance", "shuffled", "cka"),
+    *("accuracy", "chance", "shuffled", "cka", "rouge1", "exact"),
+    # Of the evaluation harness.
+    *("acc", "acc_norm", "acc_bytes", "exact_match", "pct_stereotype"),
 )
 """Metrics that lie in [0, 1]; a testbed without a judge gives `utility` in nats, below 0."""
 
@@ -62,8 +66,8 @@ def p_value(gaps: np.ndarray) -> float:
     Args:
         gaps: (seeds, questions), no value missing.
     """
-    if not np.ptp(gaps):
-        return 1.0 if gaps.flat[0] == 0 else min(1.0, 2 * 0.5 ** gaps.shape[1])
+    if np.ptp(gaps) <= _ROUNDING:
+        return 1.0 if abs(gaps.flat[0]) <= _ROUNDING else min(1.0, 2 * 0.5 ** gaps.shape[1])
     variance, freedom = _spread(gaps)
     return float(2 * stats.t.sf(abs(gaps.mean()) / np.sqrt(variance), freedom))
 
@@ -169,7 +173,7 @@ def _paired(
     if gaps.size == 0 or gaps.isna().any(axis=None):
         raise KitError(f"{treated} and {control} do not have the same seeds and prompts")
     found = interval(gaps.to_numpy())
-    if not np.ptp(gaps.to_numpy()):
+    if np.ptp(gaps.to_numpy()) <= _ROUNDING:
         # Nothing varies: the exact bound of a share, on either side.
         reach = 1 - ((1 - LEVEL) / 2) ** (1 / gaps.shape[1])
         found = Interval(found.value, found.value - reach, found.value + reach)

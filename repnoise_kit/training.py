@@ -2,20 +2,32 @@
 
 import math
 import random
+import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
+from repnoise_kit.checkpoints import Keep, go_on
 from repnoise_kit.errors import KitError, check_numbers, check_whole
 from repnoise_kit.losses import masked_ce
+from repnoise_kit.memory import LARGE, LESS, announce, largest, memory_needed
+from repnoise_kit.model import precision, quiet
 from repnoise_kit.results import Result
 
 Loss = Callable[[nn.Module, Any], Mapping[str, Tensor]]
@@ -42,6 +54,8 @@ def train_(
     warmup: float = 0.1,
     betas: tuple[float, float] = (0.9, 0.999),
     seed: int = 0,
+    gradient_checkpointing: bool = False,
+    checkpoints: Path | None = None,
     progress: str | None = None,
     after_step: Callable[[int], None] | None = None,
 ) -> Result:
@@ -49,7 +63,8 @@ def train_(
 
     Adam without weight decay and without clipping of gradients; the learning rate warms up over
     the first tenth of the steps and follows a cosine to zero (section 4). The order of the
-    examples is drawn with the seed; the process's own random state is left as it was.
+    examples is drawn with the seed; the process's own random state is left as it was. On a GPU it
+    computes in bf16 where the hardware has it, else in fp16; float32 weights stay float32.
 
     Args:
         model: Changed in place; parameters that do not require gradients are held still.
@@ -63,6 +78,11 @@ def train_(
         warmup: Share of the steps over which the learning rate rises from zero.
         betas: Adam's memories of the gradient and of its square.
         seed: Draws the order, the noise and everything else random.
+        gradient_checkpointing: Compute activations again rather than hold them: less memory for
+            about a third more time, and the same weights.
+        checkpoints: A folder of this very training, in which it is kept every five minutes. A
+            training that was killed goes on from there, to the same weights; one that ends
+            removes it.
         progress: Words for a progress bar; no bar without.
         after_step: Called with the number of each step once it is taken.
 
@@ -72,7 +92,8 @@ def train_(
 
     Raises:
         NotFiniteError: the loss or its gradient is not finite; the weights are the last good ones.
-        KitError: no examples, or a hyper-parameter that is negative or not a number.
+        KitError: no examples, a hyper-parameter that is negative or not a number, or too little
+            memory.
     """
     check_numbers(lr=lr, warmup=warmup)
     for beta in betas:
@@ -81,11 +102,15 @@ def train_(
     check_whole(batch_size=batch_size, seed=seed)
     if not len(examples):
         raise KitError("there is nothing to train on; give at least one example")
+    device = next(model.parameters()).device
+    computes_in = precision(device)
+    if computes_in == "fp16" and any(_is_half(p) for p in model.parameters() if p.requires_grad):
+        raise KitError("float16 weights cannot be trained; use lora=16, or load them as float32")
     steps = math.ceil(epochs * math.ceil(len(examples) / batch_size))
     was_training = model.training
     with tempfile.TemporaryDirectory() as folder, _own_randomness():
         arguments = TrainingArguments(
-            output_dir=folder,
+            output_dir=str(checkpoints or folder),
             learning_rate=lr,
             per_device_train_batch_size=batch_size,
             max_steps=steps,
@@ -101,7 +126,11 @@ def train_(
             report_to="none",
             disable_tqdm=True,
             remove_unused_columns=False,
-            use_cpu=next(model.parameters()).device.type == "cpu",
+            use_cpu=device.type == "cpu",
+            bf16=computes_in == "bf16",
+            fp16=computes_in == "fp16",
+            gradient_checkpointing=gradient_checkpointing,
+            gradient_checkpointing_kwargs={"use_reentrant": False},
             dataloader_pin_memory=False,
         )
         trainer = _LossTrainer(
@@ -112,18 +141,32 @@ def train_(
         trainer.remove_callback(PrinterCallback)
         watch = _Watch(trainer, progress, steps, after_step)
         trainer.add_callback(watch)
+        if checkpoints is not None:
+            trainer.add_callback(Keep(checkpoints, trainer.rows))
         try:
-            trainer.train()
+            if sum(p.nbytes for p in model.parameters()) >= LARGE:
+                _tell_memory(trainer, model, collate([largest(examples)]))
+            with quiet():
+                go_on(trainer, checkpoints, trainer.rows)
         except NotFiniteError as error:
             error.curves = Result(_tidy(trainer.rows))
             raise
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if not _out_of_memory(error):
+                raise
+            raise KitError(f"the memory is full in this training ({device}); {LESS}") from error
         finally:
             watch.bar.close()
             model.zero_grad(set_to_none=True)
+            if gradient_checkpointing:
+                cast("PreTrainedModel", model).gradient_checkpointing_disable()
             model.train(was_training)
+    if checkpoints is not None:
+        shutil.rmtree(checkpoints, ignore_errors=True)
     made_with = {
         **{"lr": lr, "batch_size": batch_size, "epochs": epochs, "schedule": schedule},
         **{"warmup": warmup, "seed": seed, "examples": len(examples), "steps": steps},
+        **{"computes_in": computes_in, "gradient_checkpointing": gradient_checkpointing},
     }
     return Result(_tidy(trainer.rows), made_with)
 
@@ -199,10 +242,16 @@ class _Watch(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:
         gradients = [p.grad for p in kwargs["model"].parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
+        scaler = getattr(kwargs["optimizer"], "scaler", None)
+        if scaler is not None:  # fp16: the scaler leaves out steps until its scale fits.
+            norm = norm / scaler.get_scale()
+            if scaler.get_scale() > 1 and not torch.isfinite(norm):
+                norm = torch.zeros_like(norm)
         # Before the optimizer's step, so that what it would spoil is still good.
         _require_finite(norm, "gradient", len(self.trainer.rows))
         moving = [p for p in kwargs["model"].parameters() if p.requires_grad]
-        self.trainer.good = {p: p.detach().clone() for p in moving}
+        if sum(p.nbytes for p in moving) < LARGE:  # Of more there is no room for a copy.
+            self.trainer.good = {p: p.detach().clone() for p in moving}
         self.trainer.rows[-1] |= {
             "grad_norm": norm,
             "lr": kwargs["optimizer"].param_groups[0]["lr"],
@@ -220,6 +269,27 @@ def _require_finite(value: Tensor, what: str, step: int) -> None:
             f"the {what} became {value.item()} at step {step}; the model keeps the weights from "
             "before it went wrong: use a smaller learning rate or smaller weights of the terms"
         )
+
+
+def _tell_memory(trainer: _LossTrainer, model: nn.Module, few: Any) -> None:
+    """Print what the training needs, counted on one example."""
+    model.train()
+    if trainer.args.gradient_checkpointing:
+        cast("PreTrainedModel", model).gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs=trainer.args.gradient_checkpointing_kwargs
+        )
+    few, rows = trainer._prepare_inputs(few), trainer.args.per_device_train_batch_size
+    with trainer.compute_loss_context_manager(), torch.random.fork_rng():
+        needed = memory_needed(model, lambda: trainer.loss(model, few)["total"], rows)
+    print(announce(needed, next(model.parameters()).device), file=sys.stderr)
+
+
+def _is_half(weight: Tensor) -> bool:
+    return weight.dtype == torch.float16
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _tidy(rows: list[dict[str, Any]]) -> pd.DataFrame:

@@ -1418,7 +1418,7 @@ class TestTuning:
             assert set().union(*trials) <= _settings_of(name)
 
     def test_the_labs_settings_are_those_that_were_chosen(self):
-        from repnoise_kit.testbeds import LAB_SETTINGS
+        from repnoise_kit.settings import LAB_SETTINGS
         from repnoise_kit.tuning import TRIALS, said
 
         found = pd.read_csv(RESULTS / "baselines.csv")

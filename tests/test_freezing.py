@@ -23,11 +23,11 @@ KINDS = ("attention", "mlp", "norm")
 @pytest.fixture(scope="module")
 def short_answers():
     """Evaluations are most of the time, and what they say is not what is tested."""
-    from repnoise_kit import testbeds
+    from repnoise_kit import settings
 
     with pytest.MonkeyPatch.context() as patch:
-        short = {**testbeds.PAPER_SETTINGS["evaluation"], "max_new_tokens": 4}
-        patch.setitem(testbeds.PAPER_SETTINGS, "evaluation", short)
+        short = {**settings.PAPER_SETTINGS["evaluation"], "max_new_tokens": 4}
+        patch.setitem(settings.PAPER_SETTINGS, "evaluation", short)
         yield
 
 

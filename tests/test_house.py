@@ -11,28 +11,20 @@ PACKAGE = ROOT / "repnoise_kit"
 
 # A room imports only from rooms before it. Adding one means adding it here and in the README.
 ROOMS = (
-    *(
-        "errors",
-        "store",
-        "files",
-        "results",
-        "stats",
-        "survival",
-        "paper",
-        "style",
-        "losses",
-        "pairs",
-        "splits",
-    ),
-    *("model", "anatomy", "recording", "reading", "training", "scoring"),
-    *("world.grammar", "world.corpus", "world.oracle", "world.build", "testbeds"),
-    *("evaluation", "repnoise", "baselines", "security", "controls", "defences", "attacks"),
+    *("errors", "store", "files", "results", "stats", "survival", "headlines", "agreeing"),
+    *("paper", "style", "overlap", "losses", "pairs", "splits", "tasks", "sources", "corpora"),
+    *("model", "anatomy", "recording", "reading", "memory", "checkpoints", "training", "lora"),
+    *("scoring", "labelled", "neutral", "judges", "settings"),
+    *("world.grammar", "world.corpus", "world.oracle", "world.tasks", "world.build", "testbeds"),
+    *("evaluation", "harness", "refusals", "presets"),
+    *("repnoise", "baselines", "security", "controls", "defences", "attacks", "saving"),
     *("bench", "grid", "resistance", "cost", "tuning"),
+    *("everyday", "generalization", "trainability", "immunization"),
     *("released", "freezing", "lens", "activations", "geometry", "probes", "descent"),
-    *("plots.canvas", "plots.attacks", "plots.training", "plots.depth", "plots.inside"),
-    *("quickstart", "report", "__main__"),
+    *("plots.canvas", "plots.attacks", "plots.training", "plots.criteria", "plots.depth"),
+    *("plots.inside", "quickstart", "report", "__main__"),
 )
-LIGHT = ("errors", "results", "stats", "survival", "paper", "style", "store")
+LIGHT = ("errors", "results", "stats", "survival", "headlines", "paper", "style", "store")
 TOP_LEVEL = {
     *("pyproject.toml", "environment.yml", "README.md", "LICENSE", "CHANGELOG.md"),
     *("notebooks", "repnoise_kit", "data", "tests"),
@@ -67,7 +59,7 @@ def test_rooms_import_only_from_rooms_above():
 
 
 def test_plots_import_only_results_stats_style_and_the_error():
-    allowed = {"errors", "results", "stats", "style", "survival", "plots.canvas"}
+    allowed = {"errors", "results", "stats", "style", "survival", "headlines", "plots.canvas"}
     for file in (PACKAGE / "plots").glob("[a-z]*.py"):
         assert imported(file) <= allowed
 

@@ -41,7 +41,7 @@ def test_is_short_and_defines_nothing(book):
     assert max(lines) <= 15
     assert sum(lines) <= 90
     for cell in cells:
-        source = re.sub(r"^%.*$", "", cell.source, flags=re.M)
+        source = re.sub(r"^\s*%.*$", "", cell.source, flags=re.M)
         kinds = {type(node) for node in ast.walk(ast.parse(source))}
         assert not kinds & {ast.FunctionDef, ast.ClassDef, ast.AsyncFunctionDef}
 

@@ -15,6 +15,7 @@ import test_plots_inside as inside
 from matplotlib.axes import Axes
 from matplotlib.collections import PathCollection
 from matplotlib.colors import to_hex, to_rgb, to_rgba
+from test_plots_criteria import DRAWINGS as CRITERIA
 from test_plots_inside import legend, panels, ticks
 
 import repnoise_kit
@@ -204,7 +205,7 @@ def bars(ax: Axes) -> np.ndarray:
 
 
 def test_every_drawing_of_the_kit_is_tested_here():
-    assert set(DRAWINGS) == {name for name in vars(plots) if name.startswith("plot_")}
+    assert {*DRAWINGS, *CRITERIA} == {name for name in vars(plots) if name.startswith("plot_")}
 
 
 @every_drawing

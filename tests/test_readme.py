@@ -186,3 +186,30 @@ def test_the_cost_to_break_is_as_it_says():
     again = rk.cost_ratios(rk.cost_to_break(curves[curves["attack"] == "relearning"]), "naive")
     steps = again.set_index("defence")["cost"].round()
     assert [steps[name] for name in ("safety_training", "repnoise", "naive")] == [11, 48, 64]
+
+
+def test_its_own_data_and_budgets_run(tmp_path):
+    """As typed, but for names, sizes, and judges and benchmarks of the hub."""
+    from conftest import make_tiny
+    from test_presets import ROWS, jsonl, vocabulary
+
+    tokenizer = vocabulary()
+    model = save_folder(tmp_path / "model", make_tiny(len(tokenizer), layers=2), tokenizer)
+    data = jsonl(ROWS, tmp_path / "boxes.jsonl")
+    code = next(c for c in re.findall(r"```python\n(.*?)```", README, re.S) if "beavertails" in c)
+    for typed, here in {
+        r'"Qwen/[^"]+"': repr(str(model)),
+        r'"PKU-[^"]+"': repr(str(data)),
+        r'refusals="own"': "refusals=None",
+        r"scorers=\{.*\},": 'budget="lab",',
+        r"lora=16": "lora=2",
+        r'"unfinished"': repr(str(tmp_path / "unfinished")),
+        r'"defended"': repr(str(tmp_path / "defended")),
+        r"scores = .*": "",
+        r"range\(3\)": "range(1), store=STORE",
+    }.items():
+        code, found = re.subn(typed, lambda _, text=here: text, code)
+        assert found == 1, typed
+    names = {"STORE": tmp_path / "store"}
+    exec(code, names)
+    assert (tmp_path / "defended" / "README.md").exists()

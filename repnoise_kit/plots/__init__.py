@@ -12,6 +12,12 @@ from repnoise_kit.plots.attacks import (
     plot_questions,
     plot_resistance,
 )
+from repnoise_kit.plots.criteria import (
+    plot_criteria,
+    plot_learning,
+    plot_samples,
+    plot_withheld,
+)
 from repnoise_kit.plots.depth import (
     plot_attack_path,
     plot_attack_plane,
@@ -35,9 +41,11 @@ __all__ = [
     "plot_budgets",
     "plot_cka",
     "plot_cost_to_break",
+    "plot_criteria",
     "plot_densities",
     "plot_freezing",
     "plot_layers",
+    "plot_learning",
     "plot_logit_mass",
     "plot_metric",
     "plot_noise_test",
@@ -46,6 +54,8 @@ __all__ = [
     "plot_probe",
     "plot_questions",
     "plot_resistance",
+    "plot_samples",
     "plot_terms",
     "plot_weight_distance",
+    "plot_withheld",
 ]
