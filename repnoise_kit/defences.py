@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from repnoise_kit import baselines, controls
+from repnoise_kit import baselines, controls, losses, repnoise, training
 from repnoise_kit.errors import KitError
 from repnoise_kit.lora import low_rank
 from repnoise_kit.model import provenance
@@ -17,7 +17,7 @@ from repnoise_kit.pairs import draw, encode, format_of, pad
 from repnoise_kit.repnoise import Knobs, repnoise_loss
 from repnoise_kit.results import Result
 from repnoise_kit.security import security_vectors_
-from repnoise_kit.store import fingerprint
+from repnoise_kit.store import code_of, fingerprint
 from repnoise_kit.testbeds import Testbed, checksums
 from repnoise_kit.training import train_
 
@@ -76,7 +76,8 @@ def defend_(
     if checkpoints is not None and method in LOSSES:
         moving = [name for name, weight in model.named_parameters() if weight.requires_grad]
         named = (method, seed, chosen, bed.fingerprint(), checksums(model), moving)
-        kept["checkpoints"] = Path(checkpoints) / fingerprint(*named, torch.__version__)
+        code = code_of(repnoise, baselines, losses, training)
+        kept["checkpoints"] = Path(checkpoints) / fingerprint(*named, code, torch.__version__)
     curves = DEFENCES[method](model, bed, seed=seed, progress=progress, **chosen, **kept)
     noted = {name: value for name, value in chosen.items() if name != "like"}
     made_with = curves.made_with | {"method": method, "testbed": bed.name, "settings": noted}

@@ -5,6 +5,7 @@ A scorer takes questions and answers and returns how harmful each answer is, in 
 
 import inspect
 import re
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -71,7 +72,15 @@ class _HubScorer:
     def __str__(self) -> str:
         """Say all that a score depends on, for the record of a result."""
         told = [part.name for part in fields(self) if part.name in _OF_SCORES]
-        return f"{self.name} ({', '.join(f'{name}={getattr(self, name)!r}' for name in told)})"
+        said = [f"{name}={getattr(self, name)!r}" for name in told]
+        return f"{self.name} ({', '.join([*said, *self._files])})"
+
+    @cached_property
+    def _files(self) -> list[str]:
+        """What stands for the contents of a folder: two may have the same name."""
+        files = [*sorted(Path(self.source).glob("*.safetensors")), Path(self.source, "config.json")]
+        there = [zlib.crc32(file.read_bytes()) for file in files if file.is_file()]
+        return [f"files={'-'.join(f'{sum_:08x}' for sum_ in there)}"] if there else []
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray:
         """Return how harmful each answer is, in [0, 1]; an empty one scores 0."""

@@ -82,7 +82,8 @@ def _noted(pairs: Pairs, data: str | Path, split: str, refusals: Refusals) -> di
     if left:
         print(f"{left} harmful rows have no refusal and are left out", file=sys.stderr)
     told = "a table" if isinstance(refusals, pd.DataFrame) else Path(str(refusals)).name
-    return {"data": Path(str(data)).name, "split": split, "refusals": told, "left out": left}
+    source = Path(data).name if Path(data).exists() else str(data)
+    return {"data": source, "split": split, "refusals": told, "left out": left}
 
 
 def _own(model: str | Path, prompts: pd.Series, options: dict[str, Any]) -> Path:

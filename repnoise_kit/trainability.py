@@ -1,5 +1,6 @@
 """Trainability: can a defended model still learn what is harmless (Table 4)?"""
 
+import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cache
@@ -199,4 +200,12 @@ def _scorer() -> Any:
     # Here, for it loads a whole language toolkit.
     from rouge_score.rouge_scorer import RougeScorer
 
-    return RougeScorer(["rouge1"])
+    return RougeScorer(["rouge1"], tokenizer=_Words())
+
+
+class _Words:
+    """Words of any script; the package's own tokenizer knows Latin letters only."""
+
+    @staticmethod
+    def tokenize(text: str) -> list[str]:
+        return re.findall(r"\w+", text.lower())

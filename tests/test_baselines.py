@@ -465,6 +465,9 @@ def seeded(loss, *args, **kwargs):
     return loss(*args, **kwargs).total
 
 
+TRAINED = "batch_size, epochs, examples, gradient_checkpointing, lora, lr, max_length"
+
+
 class TestDefend:
     def test_these_are_all(self):
         import repnoise_kit as rk
@@ -525,10 +528,10 @@ class TestDefend:
             ("none", "lr", "none"),
             ("random", "lr", "none"),
             ("security_vectors", "alpha", "batch_size, epochs, examples, lr, max_length, rank"),
-            ("safety_training", "weight", "batch_size, epochs, examples, lr, max_length"),
-            ("gradient_ascent", "alpha", "batch_size, epochs, examples, lr, max_length"),
-            ("adversarial_loss", "rho", "batch_size, epochs, examples, lr, max_length, weight"),
-            ("vaccine", "weight", "batch_size, epochs, examples, lr, max_length, rho"),
+            ("safety_training", "weight", TRAINED),
+            ("gradient_ascent", "alpha", TRAINED),
+            ("adversarial_loss", "rho", f"{TRAINED}, weight"),
+            ("vaccine", "weight", f"{TRAINED}, rho"),
             ("layerwise_ascent", "beta", "alpha, .*, mask, .*, preset, .*"),
             ("noise_only", "alpha", ".*beta, .*, mask, .*, preset, .*"),
             ("repnoise", "rank", "alpha, .*beta, .*, mask, .*, preset, .*"),

@@ -222,6 +222,14 @@ def test_a_scorer_travels_without_its_model(tmp_path):
     np.testing.assert_array_equal(again(PROMPTS, ANSWERS), found)
 
 
+def test_two_folders_of_one_name_are_two_scorers(tmp_path):
+    told = set()
+    for number, labels in enumerate((("bad", "good"), ("bad", "good", "odd"))):
+        folder = classifier_folder(tmp_path / str(number) / "model", labels=labels)
+        told |= {str(hub_classifier(folder, harmful=0)) for _ in range(2)}
+    assert len(told) == 2
+
+
 def test_a_scorer_is_named_by_its_folder_or_hub_name(tmp_path, monkeypatch):
     (tmp_path / "mine").mkdir()
     monkeypatch.chdir(tmp_path)

@@ -18,7 +18,7 @@ from repnoise_kit.everyday import stability, stable
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-COLUMNS = {"seed", "group", "category", "metric", "value", "prompt"}
+COLUMNS = {"testbed", "seed", "group", "category", "metric", "value", "prompt"}
 
 
 @pytest.fixture(scope="module")

@@ -59,8 +59,9 @@ def plot_criteria(
     if not there:
         raise KitError("the table holds none of the four criteria; give what `criteria` returns")
     names = in_order(cells["defence"].unique())
+    new = axes is None
     if axes is None:
-        size = (2.9 * len(there) + 1.4, 0.5 * len(names) + 1.6)
+        size = (2.8 * len(there) + 2.6, 0.5 * len(names) + 1.6)
         options: dict[str, Any] = {"sharey": True, "squeeze": False, "layout": "constrained"}
         axes = plt.subplots(1, len(there), figsize=size, **options)[1][0]
     panels = counted(axes, len(there))
@@ -77,15 +78,18 @@ def plot_criteria(
     for ax in panels:
         ax.set_yticks(range(len(names)), [look(name)["label"] for name in names])
         ax.set_ylim(len(names) - 0.5, -0.5)
-    _legend(panels[-1])
+    _legend(panels[-1], new=new)
     return panels
 
 
-def _legend(ax: Axes) -> None:
+def _legend(ax: Axes, *, new: bool) -> None:
+    """Say what filled and open marks are, beside the panels where the figure has room for it."""
     filled: dict[str, Any] = {"color": "black", "linestyle": "none", "marker": "o"}
     marks = [Line2D([], [], **filled), Line2D([], [], **filled, markerfacecolor="white")]
-    words = ["recall, ROUGE-1", "harmfulness, exact", "undefended"]
-    ax.legend([*marks, Patch(color="#555555", alpha=0.15)], words, fontsize=8, loc="lower left")
+    words = ["recall; ROUGE-1", "harmfulness;\nexactly right", "undefended"]
+    handles = [*marks, Patch(color="#555555", alpha=0.15)]
+    where: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)} if new else {}
+    ax.legend(handles, words, fontsize=8, **where)
 
 
 def _grey_band(ax: Axes, cell: pd.DataFrame) -> None:
