@@ -9,7 +9,7 @@ __version__ = "0.1.0"
 # its plots need no torch.
 _ROOMS = {
     "errors": ("KitError",),
-    "results": ("Result", "stack"),
+    "results": ("Result", "committed", "stack"),
     "stats": (
         "Interval", "compare_cells", "difference", "holm", "interval", "p_value", "summary",
         "verdict",
@@ -58,13 +58,23 @@ _ROOMS = {
     "geometry": ("cka", "fit_pca", "linear_cka", "noise_test", "pca"),
     "probes": ("probe",),
     "descent": ("attack_path", "attack_paths", "attack_plane"),
+    "studies": (
+        "front", "importance", "open_study", "trial_curves", "trial_rows", "trials",
+    ),
+    "archive": ("read_study", "save_study"),
+    "search": ("search_settings",),
+    "choosing": ("report_trials", "winner"),
+    "widgets": (),
+    "walkthrough": ("copy_notebooks",),
     "plots": (
         "plot_attack_path", "plot_attack_plane", "plot_budgets", "plot_cka",
-        "plot_cost_to_break", "plot_criteria", "plot_densities", "plot_freezing", "plot_layers",
-        "plot_learning", "plot_logit_mass", "plot_metric", "plot_noise_test", "plot_pca",
-        "plot_price", "plot_probe", "plot_questions", "plot_resistance", "plot_samples",
-        "plot_terms", "plot_weight_distance", "plot_withheld",
+        "plot_cost_to_break", "plot_criteria", "plot_densities", "plot_freezing", "plot_front",
+        "plot_importance", "plot_layers", "plot_learning", "plot_logit_mass", "plot_metric",
+        "plot_noise_test", "plot_pca", "plot_price", "plot_probe", "plot_questions",
+        "plot_resistance", "plot_samples", "plot_slice", "plot_terms", "plot_trial",
+        "plot_weight_distance", "plot_withheld",
     ),
+    "overview": ("draw",),
 }  # fmt: skip
 _HOME = {name: room for room, names in _ROOMS.items() for name in names}
 
@@ -89,8 +99,12 @@ if TYPE_CHECKING:
     from repnoise_kit.agreeing import agreement as agreement
     from repnoise_kit.anatomy import frozen as frozen
     from repnoise_kit.anatomy import name_parts_ as name_parts_
+    from repnoise_kit.archive import read_study as read_study
+    from repnoise_kit.archive import save_study as save_study
     from repnoise_kit.attacks import attack_ as attack_
     from repnoise_kit.bench import Bench as Bench
+    from repnoise_kit.choosing import report_trials as report_trials
+    from repnoise_kit.choosing import winner as winner
     from repnoise_kit.corpora import beavertails_rows as beavertails_rows
     from repnoise_kit.corpora import decoding_trust_rows as decoding_trust_rows
     from repnoise_kit.corpora import gem_task as gem_task
@@ -130,6 +144,7 @@ if TYPE_CHECKING:
     from repnoise_kit.losses import masked_ce as masked_ce
     from repnoise_kit.losses import mmd as mmd
     from repnoise_kit.model import load_model as load_model
+    from repnoise_kit.overview import draw as draw
     from repnoise_kit.pairs import Pairs as Pairs
     from repnoise_kit.pairs import load_answers as load_answers
     from repnoise_kit.pairs import load_pairs as load_pairs
@@ -141,6 +156,8 @@ if TYPE_CHECKING:
     from repnoise_kit.plots import plot_criteria as plot_criteria
     from repnoise_kit.plots import plot_densities as plot_densities
     from repnoise_kit.plots import plot_freezing as plot_freezing
+    from repnoise_kit.plots import plot_front as plot_front
+    from repnoise_kit.plots import plot_importance as plot_importance
     from repnoise_kit.plots import plot_layers as plot_layers
     from repnoise_kit.plots import plot_learning as plot_learning
     from repnoise_kit.plots import plot_logit_mass as plot_logit_mass
@@ -152,7 +169,9 @@ if TYPE_CHECKING:
     from repnoise_kit.plots import plot_questions as plot_questions
     from repnoise_kit.plots import plot_resistance as plot_resistance
     from repnoise_kit.plots import plot_samples as plot_samples
+    from repnoise_kit.plots import plot_slice as plot_slice
     from repnoise_kit.plots import plot_terms as plot_terms
+    from repnoise_kit.plots import plot_trial as plot_trial
     from repnoise_kit.plots import plot_weight_distance as plot_weight_distance
     from repnoise_kit.plots import plot_withheld as plot_withheld
     from repnoise_kit.presets import beavertails as beavertails
@@ -166,8 +185,10 @@ if TYPE_CHECKING:
     from repnoise_kit.repnoise import repnoise_loss as repnoise_loss
     from repnoise_kit.resistance import resistance_grid as resistance_grid
     from repnoise_kit.results import Result as Result
+    from repnoise_kit.results import committed as committed
     from repnoise_kit.results import stack as stack
     from repnoise_kit.saving import save_model as save_model
+    from repnoise_kit.search import search_settings as search_settings
     from repnoise_kit.security import guarded as guarded
     from repnoise_kit.splits import Splits as Splits
     from repnoise_kit.splits import split as split
@@ -179,6 +200,12 @@ if TYPE_CHECKING:
     from repnoise_kit.stats import p_value as p_value
     from repnoise_kit.stats import summary as summary
     from repnoise_kit.stats import verdict as verdict
+    from repnoise_kit.studies import front as front
+    from repnoise_kit.studies import importance as importance
+    from repnoise_kit.studies import open_study as open_study
+    from repnoise_kit.studies import trial_curves as trial_curves
+    from repnoise_kit.studies import trial_rows as trial_rows
+    from repnoise_kit.studies import trials as trials
     from repnoise_kit.style import clean_style as clean_style
     from repnoise_kit.survival import cost_ratios as cost_ratios
     from repnoise_kit.survival import cost_to_break as cost_to_break
@@ -189,3 +216,4 @@ if TYPE_CHECKING:
     from repnoise_kit.trainability import learn_ as learn_
     from repnoise_kit.trainability import trainability_grid as trainability_grid
     from repnoise_kit.training import train_ as train_
+    from repnoise_kit.walkthrough import copy_notebooks as copy_notebooks

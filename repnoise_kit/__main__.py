@@ -1,4 +1,4 @@
-"""The command line: `python -m repnoise_kit quickstart`, `lab` and `grid`. Thin."""
+"""The command line: `python -m repnoise_kit quickstart`, `lab`, `grid`, `sweep`, `notebooks`."""
 
 import argparse
 import shlex
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from repnoise_kit.errors import KitError
+from repnoise_kit.steps import interruptible
 
 if TYPE_CHECKING:
     from repnoise_kit.testbeds import Testbed
@@ -24,7 +25,8 @@ def main(words: list[str] | None = None) -> int:
     try:
         words = sys.argv[1:] if words is None else words
         arguments = _parser().parse_args(words, argparse.Namespace(words=words))
-        arguments.run(arguments)
+        with interruptible():
+            arguments.run(arguments)
     except KitError as error:
         print("repnoise_kit:", *str(error).splitlines(), file=sys.stderr)
         return 2
@@ -104,6 +106,45 @@ def grid(arguments: argparse.Namespace) -> None:
     print(f"\nwritten to {out}")
 
 
+def notebooks(arguments: argparse.Namespace) -> None:
+    """Copy the notebooks into a folder of yours and open them in JupyterLab."""
+    from repnoise_kit import walkthrough
+
+    copied = walkthrough.copy_notebooks(arguments.folder)
+    print(f"{len(copied)} notebooks of the kit in {arguments.folder}", flush=True)
+    if not arguments.copy_only:
+        walkthrough.open_notebooks(arguments.folder, browser=not arguments.no_browser)
+
+
+def sweep(arguments: argparse.Namespace) -> None:
+    """Search for settings of RepNoise that resist and stay of use, or go on with a search."""
+    from repnoise_kit import choosing
+    from repnoise_kit.search import search_settings
+
+    out = _writable(arguments.out)
+    bed = _bed(arguments)
+    seeds = range(arguments.first_seed, arguments.first_seed + arguments.seeds)
+    reported = range(arguments.report_seeds)
+    choosing.check_other_seeds(seeds, reported)
+    how = {"workers": arguments.workers, "store": arguments.store}
+    study = search_settings(
+        bed,
+        arguments.trials,
+        arguments.storage,
+        attacks=arguments.attack,
+        seeds=seeds,
+        seconds=arguments.timeout,
+        progress="sweep",
+        **how,
+    )
+    best, start = choosing.winner(study), choosing.started_from(study)
+    numbers = [number for number in dict.fromkeys((start, best)) if number is not None]
+    rows = choosing.report_trials(bed, study, numbers, reported, progress="report", **how)
+    command = shlex.join(["python", "-m", "repnoise_kit", *arguments.words])
+    print(choosing.write(study, rows, out, command))
+    print(f"\nwritten to {out}; the study is in {_shown(arguments.storage, bed)}")
+
+
 _OWN = (
     "retain",
     "columns",
@@ -145,6 +186,20 @@ def _columns(text: str) -> dict[str, str]:
     if not all(ours and theirs for ours, _, theirs in pairs):
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form prompt=question,harmful=bad")
     return {ours.strip(): theirs.strip() for ours, _, theirs in pairs}
+
+
+def _shown(storage: str | None, bed: "Testbed") -> str:
+    from repnoise_kit.studies import default_file, without_password
+
+    return without_password(storage) if storage else str(default_file(bed.name))
+
+
+def _attack(text: str) -> tuple[float, int]:
+    lr, _, examples = text.partition(":")
+    try:
+        return float(lr), int(examples)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form 3e-4:64") from error
 
 
 def _count(text: str) -> int:
@@ -202,6 +257,26 @@ def _parser() -> argparse.ArgumentParser:
     third.add_argument("--scheduler", metavar="ADDRESS", help="a Dask scheduler's, for its workers")
     third.add_argument("--store", metavar="DIR", help="folder for finished cells (default: cache)")
     third.add_argument("--out", metavar="DIR", default="repnoise-grid", help="folder for tables")
+    last = command("notebooks", notebooks)
+    last.add_argument("folder", nargs="?", metavar="DIR", default="repnoise-notebooks")
+    last.add_argument("--copy-only", action="store_true", help="do not start JupyterLab")
+    last.add_argument("--no-browser", action="store_true", help="start it without a browser")
+    fourth = command("sweep", sweep, beds, labs)
+    fourth.add_argument("--trials", type=_count, default=100, help="in all (default 100)")
+    fourth.add_argument("--workers", type=_count, default=1, help="processes (default 1)")
+    fourth.add_argument("--storage", metavar="URL", help="a file, or a database's URL")
+    fourth.add_argument(
+        "--timeout", type=float, metavar="S", help="no trial begins after S seconds"
+    )
+    fourth.add_argument(
+        "--attack", type=_attack, action="append", metavar="LR:EXAMPLES",
+        help="what trials must hold against; may be given again (default: the small and the large)",
+    )  # fmt: skip
+    fourth.add_argument("--seeds", type=_count, default=2, help="to choose by (default 2)")
+    fourth.add_argument("--first-seed", type=_seed, default=100, help="of these (default 100)")
+    fourth.add_argument("--report-seeds", type=_count, default=5, help="to report on (default 5)")
+    fourth.add_argument("--store", metavar="DIR", help="folder for finished cells (default: cache)")
+    fourth.add_argument("--out", metavar="DIR", default="repnoise-sweep", help="folder for tables")
     return parser
 
 

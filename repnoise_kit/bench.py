@@ -130,7 +130,30 @@ class Bench:
         """
         if method == "naive":
             return self._naive(), controls.noted()
-        settings = settings or {}
+        folder = self._defended(method, seed, settings or {}, held, without)
+        return self._released(folder), Result.load(folder / "curves.parquet")
+
+    def curves(
+        self,
+        method: str,
+        seed: int,
+        settings: dict[str, Any] | None = None,
+        held: Sequence[int | str] = (),
+    ) -> Result:
+        """Return the curves of a defence's training alone, as `defended` does."""
+        return Result.load(
+            self._defended(method, seed, settings or {}, held, None) / "curves.parquet"
+        )
+
+    def _defended(
+        self,
+        method: str,
+        seed: int,
+        settings: dict[str, Any],
+        held: Sequence[int | str],
+        without: str | None,
+    ) -> Path:
+        """Return the folder of a defended model, after defending it now if it is not there."""
         check_held(method, held)
 
         def make(folder: Path) -> None:
@@ -146,8 +169,7 @@ class Bench:
 
         named = [method, seed, settings, *([list(held)] if held else [])]
         named += [{"without": without}] if without else []
-        folder = self.keep(self.folder("defended", named), make)
-        return self._released(folder), Result.load(folder / "curves.parquet")
+        return self.keep(self.folder("defended", named), make)
 
     def attacked(self, method: str, seed: int, *, lr: float, examples: int) -> PreTrainedModel:
         """Return a fresh copy of a defended model after an attack; made once and kept."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import Trainer, TrainerCallback
 
+from repnoise_kit.steps import stop_asked
 from repnoise_kit.store import written_whole
 
 EVERY = 300.0
@@ -27,8 +28,9 @@ class Keep(TrainerCallback):
         self.folder, self.rows, self.last = folder, rows, time.monotonic()
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
-        """Ask for a checkpoint when it is time."""
-        if time.monotonic() - self.last >= EVERY and state.global_step < state.max_steps:
+        """Ask for a checkpoint when it is time, or when the training is about to be stopped."""
+        due = time.monotonic() - self.last >= EVERY or stop_asked()
+        if due and state.global_step < state.max_steps:
             control.should_save = True
 
     def on_save(self, args, state, control, **kwargs) -> None:

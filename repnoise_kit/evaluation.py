@@ -16,6 +16,7 @@ from repnoise_kit.pairs import encode, end_id, format_of, pad, question_ids
 from repnoise_kit.reading import evaluating
 from repnoise_kit.results import Result
 from repnoise_kit.scoring import degenerate, refuses
+from repnoise_kit.steps import check
 from repnoise_kit.testbeds import Testbed, told
 
 
@@ -92,6 +93,7 @@ def answers(
     generate: Any = model.generate
     found = []
     for first in range(0, len(prompts), batch_size):
+        check()
         asked = question_ids(tokenizer, prompts[first : first + batch_size])
         batch = tokenizer.pad({"input_ids": asked}, return_tensors="pt", padding_side="left")
         ids, mask = (batch[part].to(model.device) for part in ("input_ids", "attention_mask"))

@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from repnoise_kit.bench import CODE, Bench
 from repnoise_kit.errors import KitError
 from repnoise_kit.results import Result
+from repnoise_kit.steps import check
 from repnoise_kit.store import code_of, fingerprint, is_whole
 
 DEATHS = 3
@@ -111,6 +112,7 @@ def _computed(
         return
     if workers == 1:
         for place in missing:
+            check()
             cells[place].compute(bench)
             yield place
         return

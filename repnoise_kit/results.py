@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from repnoise_kit.errors import KitError
-from repnoise_kit.store import written_whole
+from repnoise_kit.store import data_dir, written_whole
 
 
 @dataclass(frozen=True)
@@ -58,13 +58,20 @@ class Result:
             if path.suffix == ".csv":
                 frame = pd.read_csv(path, keep_default_na=False, na_values=[""])
                 texts = [c for c in ("prompt", "response", "category", "note") if c in frame]
-                frame[texts] = frame[texts].fillna("")
+                for name in texts:  # One that is empty throughout was read as numbers.
+                    empty = frame[name].isna()
+                    frame[name] = "" if empty.all() else frame[name].fillna("")
             else:
                 frame = pd.read_parquet(path)
             made_with = json.loads(beside.read_text()) if beside.exists() else {}
         except (OSError, ValueError) as error:
             raise KitError(f"{path} is not a result that `save` wrote; check the file") from error
         return cls(frame, made_with)
+
+    @classmethod
+    def committed(cls, name: str) -> "Result":
+        """Read a table of the kit's own results, as `committed` finds it."""
+        return cls.load(committed(name))
 
     def __str__(self) -> str:
         return self.frame.to_string(index=False, max_rows=20, float_format="{:.3f}".format)
@@ -73,6 +80,19 @@ class Result:
 
     def _repr_html_(self) -> str:
         return self.frame.to_html(index=False, max_rows=20, float_format="{:.3f}".format)
+
+
+def committed(name: str) -> Path:
+    """Return the path of a table of `data/results`, of the checkout or of the installed kit.
+
+    Raises:
+        KitError: there is no table of this name.
+    """
+    tables = {path.name: path for path in sorted((data_dir() / "results").glob("*.*"))}
+    names = [name for name in tables if name.endswith((".csv", ".parquet"))]
+    if name not in names:
+        raise KitError(f"the kit has no results {name!r}; there are {', '.join(names)}")
+    return tables[name]
 
 
 def need(frame: pd.DataFrame, *columns: str) -> pd.DataFrame:

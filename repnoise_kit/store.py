@@ -107,8 +107,8 @@ def is_whole(folder: Path) -> bool:
 def data_dir() -> Path:
     """Return the folder of the kit's data: the checkout's, or the copy in a wheel."""
     package = Path(__file__).parent
-    checkout = package.parent / "data"
-    return checkout if checkout.is_dir() else package / "_data"
+    in_checkout = (package.parent / "pyproject.toml").is_file()
+    return package.parent / "data" if in_checkout else package / "_data"
 
 
 def _without_docstrings(tree: ast.Module) -> ast.Module:

@@ -29,6 +29,7 @@ from repnoise_kit.losses import masked_ce
 from repnoise_kit.memory import LARGE, LESS, announce, largest, memory_needed
 from repnoise_kit.model import precision, quiet
 from repnoise_kit.results import Result
+from repnoise_kit.steps import check, taken
 
 Loss = Callable[[nn.Module, Any], Mapping[str, Tensor]]
 """From a model and a batch to named scalars, of which `total` is the one that is minimised."""
@@ -257,8 +258,12 @@ class _Watch(TrainerCallback):
             "lr": kwargs["optimizer"].param_groups[0]["lr"],
         }
 
+    def on_step_begin(self, args, state, control, **kwargs) -> None:
+        check()
+
     def on_step_end(self, args, state, control, **kwargs) -> None:
         self.bar.update()
+        taken(state.global_step, state.max_steps, self.trainer.rows[-1])
         if self.after_step is not None:
             self.after_step(state.global_step)
 

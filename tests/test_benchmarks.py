@@ -18,3 +18,17 @@ def test_the_loss_benchmark_measures_every_form():
         ["paper"],
     ]
     assert all(float(line[-4]) > 0 for line in lines)
+
+
+def test_the_panel_benchmark_measures_every_view_beside_one_drawn_by_hand():
+    script = Path(__file__).parent / "benchmarks" / "panel.py"
+    command = [sys.executable, script, "--trials=30", "--times=1"]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    _, imports, opening, *redraws = [line.split() for line in ran.stdout.splitlines()]
+    assert imports[0] == "imports"
+    assert opening[:-1] == ["open", "and", "first", "draw"]
+    assert [line[1] for line in redraws] == ["terms", "importance", "slices"]
+    for line in redraws:
+        ours, hand, ratio = map(float, line[2:])
+        assert abs(ratio - ours / hand) < 0.1 * ratio

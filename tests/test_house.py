@@ -11,7 +11,7 @@ PACKAGE = ROOT / "repnoise_kit"
 
 # A room imports only from rooms before it. Adding one means adding it here and in the README.
 ROOMS = (
-    *("errors", "store", "files", "results", "stats", "survival", "headlines", "agreeing"),
+    *("errors", "steps", "store", "files", "results", "stats", "survival", "headlines", "agreeing"),
     *("paper", "style", "overlap", "losses", "pairs", "splits", "tasks", "sources", "corpora"),
     *("model", "anatomy", "recording", "reading", "memory", "checkpoints", "training", "lora"),
     *("scoring", "labelled", "neutral", "judges", "settings"),
@@ -21,8 +21,10 @@ ROOMS = (
     *("bench", "grid", "resistance", "cost", "tuning"),
     *("everyday", "generalization", "trainability", "immunization"),
     *("released", "freezing", "lens", "activations", "geometry", "probes", "descent"),
+    *("studies", "archive", "trying", "search", "choosing", "progress"),
     *("plots.canvas", "plots.attacks", "plots.training", "plots.criteria", "plots.depth"),
-    *("plots.inside", "quickstart", "report", "__main__"),
+    *("plots.inside", "plots.sweep", "overview", "widgets", "quickstart", "report", "walkthrough"),
+    "__main__",
 )
 LIGHT = ("errors", "results", "stats", "survival", "headlines", "paper", "style", "store")
 TOP_LEVEL = {

@@ -137,7 +137,9 @@ def test_a_template_that_tells_the_date_asks_the_same_every_day(monkeypatch):
     assert found[0] == found[1]
 
 
-def test_own_refusals_of_another_precision_are_made_anew(own, tmp_path, monkeypatch):
+@pytest.fixture
+def refused(own, tmp_path, monkeypatch):
+    """BeaverTails with refusals of the model itself; returns how many files of them there are."""
     from repnoise_kit.corpora import CATEGORIES
 
     monkeypatch.setenv("REPNOISE_CACHE", str(tmp_path / "cache"))
@@ -148,28 +150,28 @@ def test_own_refusals_of_another_precision_are_made_anew(own, tmp_path, monkeypa
         for row in made_up_pairs(14)
     ]
     (own / "bt.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for dtype in ("float32", "bfloat16"):
-        rk.beavertails(own / "model", own / "bt.jsonl", refusals="own", dtype=dtype, budget="lab")
+
+    def load(**options):
+        rk.beavertails(own / "model", own / "bt.jsonl", refusals="own", budget="lab", **options)
+        return len(list((tmp_path / "cache" / "refusals").glob("*.jsonl")))
+
+    return load
 
 
-def test_own_refusals_of_a_model_that_was_trained_on_are_made_anew(own, tmp_path, monkeypatch):
+def test_own_refusals_are_made_once_and_of_another_precision_anew(refused):
+    assert refused() == 1
+    assert refused(dtype="float32") == 1
+    assert refused(dtype="bfloat16") == 2
+
+
+def test_own_refusals_of_a_model_that_was_trained_on_are_made_anew(own, refused):
     """The same folder, other weights: the user named no file that could be removed."""
-    from repnoise_kit.corpora import CATEGORIES
-
-    monkeypatch.setenv("REPNOISE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(refusals, "answers", lambda m, t, prompts, n, s: ["sorry"] * len(prompts))
-    truths = dict.fromkeys(CATEGORIES, False)
-    rows = [
-        {"prompt": row["prompt"], "response": row["harmful"], "category": truths, "is_safe": False}
-        for row in made_up_pairs(14)
-    ]
-    (own / "bt.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for _ in (0, 1):
-        rk.beavertails(own / "model", own / "bt.jsonl", refusals="own", budget="lab")
-        tokenizer = tokenizer_of([*made_up_pairs(), *everyday_rows()])
-        model = make_tiny(len(tokenizer), layers=2)
-        model.lm_head.weight.data += 0.1
-        save_folder(own / "model", model, tokenizer)
+    assert refused() == 1
+    tokenizer = tokenizer_of([*made_up_pairs(), *everyday_rows()])
+    model = make_tiny(len(tokenizer), layers=2)
+    model.lm_head.weight.data += 0.1
+    save_folder(own / "model", model, tokenizer)
+    assert refused() == 2
 
 
 class TestSaveModel:

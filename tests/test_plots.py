@@ -17,6 +17,7 @@ from matplotlib.collections import PathCollection
 from matplotlib.colors import to_hex, to_rgb, to_rgba
 from test_plots_criteria import DRAWINGS as CRITERIA
 from test_plots_inside import legend, panels, ticks
+from test_plots_sweep import DRAWINGS as SWEEP
 
 import repnoise_kit
 from repnoise_kit import plots, style
@@ -205,7 +206,9 @@ def bars(ax: Axes) -> np.ndarray:
 
 
 def test_every_drawing_of_the_kit_is_tested_here():
-    assert {*DRAWINGS, *CRITERIA} == {name for name in vars(plots) if name.startswith("plot_")}
+    assert {*DRAWINGS, *CRITERIA, *SWEEP} == {
+        name for name in vars(plots) if name.startswith("plot_")
+    }
 
 
 @every_drawing

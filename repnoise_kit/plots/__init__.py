@@ -33,6 +33,7 @@ from repnoise_kit.plots.inside import (
     plot_pca,
     plot_probe,
 )
+from repnoise_kit.plots.sweep import plot_front, plot_importance, plot_slice, plot_trial
 from repnoise_kit.plots.training import plot_terms
 
 __all__ = [
@@ -44,6 +45,8 @@ __all__ = [
     "plot_criteria",
     "plot_densities",
     "plot_freezing",
+    "plot_front",
+    "plot_importance",
     "plot_layers",
     "plot_learning",
     "plot_logit_mass",
@@ -55,7 +58,9 @@ __all__ = [
     "plot_questions",
     "plot_resistance",
     "plot_samples",
+    "plot_slice",
     "plot_terms",
+    "plot_trial",
     "plot_weight_distance",
     "plot_withheld",
 ]
