@@ -230,12 +230,12 @@ class Panel(w.VBox):
 
     def _chosen(self) -> None:
         """Move the sliders to the trial that was chosen, so that it can be changed from there."""
-        if self._quiet or self.trial.value == NEAREST:
+        if self._quiet:
             return
-        table = trials(self.study).frame.set_index("trial")
-        for name, part in self.parts.items():
-            value = table.loc[self.trial.value, name]
-            self._set(part, value.item() if hasattr(value, "item") else value)
+        if self.trial.value != NEAREST:
+            known = self.study.get_trials(deepcopy=False)[self.trial.value].params
+            for name in known.keys() & self.parts.keys():
+                self._set(self.parts[name], known[name])
         self._tried(self._draw)
 
     def _judged_otherwise(self) -> None:
@@ -285,13 +285,16 @@ class Panel(w.VBox):
         counted = ", ".join(f"{count} {state}" for state, count in counts.items())
         self._counted = counted or "no trial yet"
         rows = table[table["state"].isin(["finished", "given up", "stopped"])]
-        rows = rows.sort_values("resistance", ascending=False, kind="stable")
-        options = [_NEAREST]
+        rows = rows.assign(last=rows["state"] == "stopped")
+        rows = rows.sort_values(["last", "resistance"], ascending=[True, False], kind="stable")
+        options, listed = [_NEAREST], set()
         for row in rows.to_dict("records"):
             words = f"{row['trial']}: {row['state']}"
             if row["state"] == "finished":
                 words = f"{row['trial']}: {row['resistance']:.2f}, utility {row['utility']:.2f}"
-            options.append((words, row["trial"]))
+            if row["state"] != "stopped" or key_of(row) not in listed:
+                options.append((words, row["trial"]))
+            listed.add(key_of(row))
         before, self._quiet = self.trial.value, True
         self.trial.options = options
         self.trial.value = before
