@@ -5,6 +5,7 @@ from pathlib import Path
 
 import optuna
 import pandas as pd
+from optuna.trial import TrialState
 
 from repnoise_kit.archive import save_study
 from repnoise_kit.bench import Bench
@@ -40,10 +41,9 @@ def winner(study: optuna.Study) -> int:
 
 def started_from(study: optuna.Study) -> int | None:
     """Return the finished trial of the settings that the testbed starts from, if there is one."""
-    table, start = trials(study).frame, study.user_attrs["start"]
-    done = table[table["state"] == "finished"]["trial"]
-    known = study.get_trials(deepcopy=False)
-    return next((int(number) for number in done if holds(known[number], start)), None)
+    done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    start = study.user_attrs["start"]
+    return next((trial.number for trial in done if holds(trial, start)), None)
 
 
 def undefended_utility(study: optuna.Study) -> float:

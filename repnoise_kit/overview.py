@@ -171,7 +171,7 @@ def _row(figure: Figure, widths: list[float], top: float, right: float) -> list[
     grid = GridSpec(1, len(widths), figure, width_ratios=widths, wspace=0.18, **bounds)
     panels = [figure.add_subplot(grid[0, place]) for place in range(len(widths))]
     for ax in panels:
-        ax.yaxis.set_major_locator(_few(4))  # Ticks are most of the time a figure takes.
+        ax.yaxis.set_major_locator(_few(3))  # Ticks are most of the time a figure takes.
     return panels
 
 
@@ -238,6 +238,7 @@ def _terms(figure: Figure, study: optuna.Study, number: int | None, live: Table 
         return
     plot_terms(curves, axes=panels, window=5)
     for ax in panels:
+        ax.xaxis.set_major_locator(_few(4))
         _tidy(ax, ax.get_ylabel() + (", of the trial that runs now" if live is not None else ""))
 
 

@@ -297,7 +297,7 @@ class Panel(w.VBox):
             listed.add(key_of(row))
         before, self._quiet = self.trial.value, True
         self.trial.options = options
-        self.trial.value = before
+        self.trial.value = before if before in dict(options).values() else NEAREST
         self._quiet = False
         if self.worker is None:
             self._say(self._counted)

@@ -142,8 +142,11 @@ def test_stopped_it_is_kept_and_a_panel_opened_later_goes_on_with_it(bed, tmp_pa
     assert "Run goes on" in first.status.value
     later = sweep(bed, tmp_path / "study.db", **where)
     assert "1 waiting" in later.status.value
+    later.trial.value = states(later).index("stopped")
     later.run_button.click()
     later.join(PATIENCE)
+    assert later.error.value == ""
+    assert not any("stopped" in words for words, _ in later.trial.options)
     assert sorted(states(later))[-1] == "stopped"
     assert len(states(later)) == 2
 
