@@ -71,7 +71,7 @@ _ROOMS = {
         "plot_cost_to_break", "plot_criteria", "plot_densities", "plot_freezing", "plot_front",
         "plot_importance", "plot_layers", "plot_learning", "plot_logit_mass", "plot_metric",
         "plot_noise_test", "plot_pca", "plot_price", "plot_probe", "plot_questions",
-        "plot_resistance", "plot_samples", "plot_slice", "plot_terms", "plot_trial",
+        "plot_resistance", "plot_samples", "plot_slices", "plot_terms", "plot_trial",
         "plot_weight_distance", "plot_withheld",
     ),
     "overview": ("draw",),
@@ -169,7 +169,7 @@ if TYPE_CHECKING:
     from repnoise_kit.plots import plot_questions as plot_questions
     from repnoise_kit.plots import plot_resistance as plot_resistance
     from repnoise_kit.plots import plot_samples as plot_samples
-    from repnoise_kit.plots import plot_slice as plot_slice
+    from repnoise_kit.plots import plot_slices as plot_slices
     from repnoise_kit.plots import plot_terms as plot_terms
     from repnoise_kit.plots import plot_trial as plot_trial
     from repnoise_kit.plots import plot_weight_distance as plot_weight_distance

@@ -12,16 +12,15 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.gridspec import GridSpec
 from matplotlib.ticker import MaxNLocator
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+from optuna.distributions import BaseDistribution, CategoricalDistribution
 
 from repnoise_kit.choosing import started_from, undefended_utility, winner
 from repnoise_kit.errors import KitError, check_numbers
 from repnoise_kit.plots.canvas import Table, frame_of
 from repnoise_kit.plots.sweep import (
-    log_axis,
     plot_front,
     plot_importance,
-    plot_slice,
+    plot_slices,
     plot_trial,
     short,
 )
@@ -179,8 +178,8 @@ def _few(ticks: int) -> MaxNLocator:
     return MaxNLocator(ticks, steps=[1, 2, 5, 10])
 
 
-def _lower(figure: Figure, count: int) -> list[Axes]:
-    return _row(figure, [1.0] * count, 0.395, 0.985)
+def _lower(figure: Figure, widths: list[float]) -> list[Axes]:
+    return _row(figure, widths, 0.395, 0.985)
 
 
 def _tidy(ax: Axes, title: str | None = None) -> None:
@@ -229,7 +228,7 @@ def _all(ax: Axes, study: optuna.Study, table: pd.DataFrame, number: int | None)
 
 
 def _terms(figure: Figure, study: optuna.Study, number: int | None, live: Table | None) -> None:
-    panels = _lower(figure, 3)
+    panels = _lower(figure, [1.0] * 3)
     own = None if number is None else trial_curves(study, number)
     curves = own if live is None else live
     if curves is None or frame_of(curves).empty:
@@ -246,17 +245,15 @@ def _importance(
     figure: Figure, study: optuna.Study, table: pd.DataFrame, number: int | None
 ) -> None:
     """Draw what matters, and whether later trials are better than earlier ones."""
-    panels = _lower(figure, 3)
+    matters, order = _lower(figure, [1.0, 2.0])
     finished = (table["state"] == "finished").sum()
-    plot_importance(_importance_of(study, finished), ax=panels[0])
-    _tidy(panels[0], "which parameters matter")
-    for ax, objective in zip(panels[1:], ("resistance", "utility"), strict=True):
-        if not finished:
-            _say(ax, "no trial has finished yet")
-            continue
-        plot_slice(table, "trial", objective=objective, chosen=number, ax=ax)
-        ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        _tidy(ax)
+    plot_importance(_importance_of(study, finished), ax=matters)
+    _tidy(matters, "which parameters matter")
+    if not finished:
+        _say(order, "no trial has finished yet")
+        return
+    plot_slices(table, ["trial"], chosen=number, ax=order)
+    _tidy(order)
 
 
 def _importance_of(study: optuna.Study, finished: int) -> Result:
@@ -273,23 +270,12 @@ def _slices(
     """Draw each parameter that was varied against resistance."""
     done = table[table["state"] == "finished"]
     varied = [name for name in space if done[name].nunique() > 1]
-    panels = _lower(figure, max(1, len(varied)))
+    (panel,) = _lower(figure, [1.0])
     if not varied:
-        _say(panels[0], "no two finished trials differ yet")
-    for ax, name in zip(panels, varied, strict=False):
-        kind, shown = space[name], table
+        _say(panel, "no two finished trials differ yet")
+        return
+    for name, kind in space.items():
         if isinstance(kind, CategoricalDistribution):
-            shown = table.assign(**{name: pd.Categorical(table[name], kind.choices)})
-        plot_slice(shown, name, chosen=number, ax=ax)
-        if isinstance(kind, FloatDistribution):
-            log_axis(ax, min(kind.low, done[name].min()), max(kind.high, done[name].max()))
-        _tidy(ax, None if ax is panels[0] else "")
-        # All are of one height, which is told once.
-        ax.set_ylim(_room(done["resistance"]))
-        ax.tick_params(labelleft=ax is panels[0])
-
-
-def _room(values: pd.Series) -> tuple[float, float]:
-    """Return limits a little wider than the values."""
-    margin = 0.05 * max(values.max() - values.min(), 0.1)
-    return values.min() - margin, values.max() + margin
+            table = table.assign(**{name: pd.Categorical(table[name], kind.choices)})
+    plot_slices(table, varied, chosen=number, ax=panel)
+    _tidy(panel)

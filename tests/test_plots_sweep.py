@@ -28,14 +28,14 @@ DRAWINGS = {
     "plot_trial": (ROWS, 1),
     "plot_front": (TRIALS, 1),
     "plot_importance": (SHARES, 1),
-    "plot_slice": (TRIALS, 1),
+    "plot_slices": (TRIALS, 1),
 }
-WANTED = {"plot_trial": {"metric": "recall"}, "plot_slice": {"parameter": "lr"}}
+WANTED = {"plot_trial": {"metric": "recall"}, "plot_slices": {"parameters": ["lr"]}}
 NEEDED = {
     "plot_trial": ["lr", "examples", "group", "metric", "value", "low", "high"],
     "plot_front": ["trial", "state", "resistance", "utility"],
     "plot_importance": ["parameter", "objective", "value"],
-    "plot_slice": ["trial", "state", "lr", "resistance", "utility"],
+    "plot_slices": ["trial", "state", "lr", "resistance", "utility"],
 }
 every_drawing = pytest.mark.parametrize("name", DRAWINGS)
 
@@ -176,13 +176,15 @@ def test_each_finished_trial_is_a_mark_and_each_given_up_an_open_one_at_the_edge
 @pytest.mark.parametrize("chosen", [0, 3, 11])
 def test_the_chosen_trial_is_the_one_marked(chosen):
     row = TRIALS.set_index("trial").loc[chosen]
-    for ax, name in (
-        (plots.plot_front(TRIALS, chosen=chosen), "resistance"),
-        (plots.plot_slice(TRIALS, "lr", chosen=chosen), "lr"),
-    ):
-        (mark,) = [part for part in ax.lines if part.get_markersize() == 9]
-        height = "utility" if name == "resistance" else "resistance"
-        assert mark.get_xydata().tolist() == [[row[name], row[height]]]
+    front = plots.plot_front(TRIALS, chosen=chosen)
+    slices = plots.plot_slices(TRIALS, ["lr", "preset"], chosen=chosen)
+    (mark,), (marks,) = (
+        [part for part in ax.lines if part.get_markersize() == 9] for ax in (front, slices)
+    )
+    assert mark.get_xydata().tolist() == [[row["resistance"], row["utility"]]]
+    places = [[x, y] for x, y in slices.collections[0].get_offsets() if y == row["resistance"]]
+    assert marks.get_xydata().tolist() == places
+    assert len(places) == 2
 
 
 def test_the_trial_one_starts_from_is_marked_as_such():
@@ -232,44 +234,72 @@ def test_without_a_share_a_word_says_why():
 # --- One parameter ---
 
 
+def heights(ax):
+    """Resistance (or utility) of each mark, and where it stands across."""
+    return {height: across for across, height in np.asarray(ax.collections[0].get_offsets())}
+
+
 @pytest.mark.parametrize("objective", ["resistance", "utility"])
 @pytest.mark.parametrize("parameter", ["alpha", "lr", "trial"])
 def test_each_finished_trial_stands_at_its_number(parameter, objective):
-    ax = plots.plot_slice(TRIALS, parameter, objective=objective)
-    (marks,) = ax.collections
-    assert points(marks.get_offsets()) == pairs(DONE, parameter, objective)
-    assert ax.get_xscale() == ("linear" if parameter == "trial" else "log")
+    ax = plots.plot_slices(TRIALS, ["beta", parameter], objective=objective)
+    scaled = (lambda number: number) if parameter == "trial" else np.log
+    strip = [(x - 1, y) for x, y in np.asarray(ax.collections[0].get_offsets()) if x > 1]
+    across, height = map(np.array, zip(*sorted(strip, key=lambda mark: mark[1]), strict=True))
+    rows = DONE.sort_values(objective)
+    assert height.tolist() == rows[objective].tolist()
+    numbers = scaled(rows[parameter].to_numpy(dtype=float))
+    share = (numbers - numbers.min()) / (numbers.max() - numbers.min())
+    assert across == pytest.approx(0.08 + 0.84 * share)
+    # The ticks are of the same scale: what is written there stands there.
+    ticks = zip(ax.get_xticks(), words(ax.xaxis), strict=True)
+    named = {float(word): tick - 1 for tick, word in ticks if tick > 1}
+    assert len(named) >= 2
+    line_of = np.polyfit(numbers, across, 1)
+    for word, tick in named.items():
+        assert tick == pytest.approx(np.polyval(line_of, scaled(word)), abs=1e-6)
+
+
+def test_each_parameter_has_its_name_and_its_strip():
+    names = ["alpha", "preset", "trial"]
+    ax = plots.plot_slices(TRIALS, names)
+    across = np.asarray(ax.collections[0].get_offsets())[:, 0]
+    assert np.histogram(across, bins=[0, 1, 2, 3])[0].tolist() == [len(DONE)] * 3
+    said = {text.get_text(): text.get_position()[0] for text in ax.texts}
+    assert said == {"alpha": 0.5, "preset": 1.5, "trials as they were tried": 2.5}
+    assert ax.get_xlim() == (0, 3)
 
 
 def test_choices_stand_side_by_side_in_their_order_with_a_jitter_that_stays():
     order = ["reference", "paper", "tokenwise", "another"]
     table = TRIALS.assign(preset=pd.Categorical(TRIALS["preset"], order))
-    ax = plots.plot_slice(table, "preset")
+    ax = plots.plot_slices(table, ["preset"])
     assert words(ax.xaxis) == order
+    assert list(ax.get_xticks()) == [0.125, 0.375, 0.625, 0.875]
     rows = DONE.set_index("resistance")["preset"]
-    places = dict(map(reversed, np.asarray(ax.collections[0].get_offsets()).tolist()))
+    places = heights(ax)
     assert len(set(places.values())) == len(DONE)
-    for height, place in places.items():
+    for height, across in places.items():
+        place = 4 * across - 0.5
         assert order[round(place)] == rows[height]
         assert abs(place - round(place)) <= 0.3
-    few = plots.plot_slice(table.head(20), "preset").collections[0].get_offsets()
-    assert {tuple(point) for point in np.asarray(few).tolist()} <= {
-        (place, height) for height, place in places.items()
-    }
+    few = heights(plots.plot_slices(table.head(20), ["preset"]))
+    assert few.items() <= places.items()
 
 
 def test_a_darker_mark_has_more_of_the_other_objective():
-    (marks,) = plots.plot_slice(TRIALS, "lr").collections
+    ax = plots.plot_slices(TRIALS, ["lr", "alpha"])
+    marks = ax.collections[0]
     marks.update_scalarmappable()
     light = marks.get_facecolors()[:, :3] @ [0.2126, 0.7152, 0.0722]
     utility = DONE.set_index("resistance")["utility"]
     known = [utility[height] for _, height in np.asarray(marks.get_offsets()).tolist()]
-    assert (np.diff(light[np.argsort(known)]) <= 0).all()
+    assert (np.diff(light[np.argsort(known, kind="stable")]) <= 0).all()
 
 
 def test_an_objective_that_is_none_is_told():
     with pytest.raises(KitError, match="resistance and utility, not 'recall'"):
-        plots.plot_slice(TRIALS, "lr", objective="recall")
+        plots.plot_slices(TRIALS, ["lr"], objective="recall")
 
 
 @pytest.mark.parametrize(

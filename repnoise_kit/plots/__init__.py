@@ -33,7 +33,7 @@ from repnoise_kit.plots.inside import (
     plot_pca,
     plot_probe,
 )
-from repnoise_kit.plots.sweep import plot_front, plot_importance, plot_slice, plot_trial
+from repnoise_kit.plots.sweep import plot_front, plot_importance, plot_slices, plot_trial
 from repnoise_kit.plots.training import plot_terms
 
 __all__ = [
@@ -58,7 +58,7 @@ __all__ = [
     "plot_questions",
     "plot_resistance",
     "plot_samples",
-    "plot_slice",
+    "plot_slices",
     "plot_terms",
     "plot_trial",
     "plot_weight_distance",

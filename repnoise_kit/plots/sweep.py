@@ -1,12 +1,12 @@
 """Draw a sweep: one trial under attack, all trials against one another, what matters."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import LogLocator, MaxNLocator
 
 from repnoise_kit.errors import KitError
 from repnoise_kit.plots.canvas import (
@@ -132,22 +132,23 @@ def plot_importance(importance: Table, *, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def plot_slice(
+def plot_slices(
     trials: Table,
-    parameter: str,
+    parameters: Sequence[str],
     *,
     objective: str = "resistance",
     chosen: int | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """Plot one parameter against one objective, a mark a finished trial: darker is better.
+    """Plot parameters against one objective, a mark a finished trial: darker is better.
 
-    Shades are ranks by the other objective. Choices stand side by side, with a jitter that a trial
-    keeps.
+    Each parameter has a strip of its own: numbers on a logarithmic scale from the least to the
+    most, choices beside one another with a jitter that a trial keeps. Shades are ranks by the
+    other objective. One panel for all, since ticks and frames are most of the time a figure takes.
 
     Args:
         trials: What `studies.trials` returns.
-        parameter: One of its columns; `trial` for the order in which they were tried.
+        parameters: Some of its columns; `trial` is the order in which they were tried.
         objective: `resistance` or `utility`.
         chosen: The number of the trial to mark.
         ax: Where; by default a new figure.
@@ -155,27 +156,32 @@ def plot_slice(
     if objective not in _OTHER:
         raise KitError(f"the objectives are resistance and utility, not {objective!r}")
     ax = axes_of(ax)
-    table = need(frame_of(trials), "trial", "state", parameter, "resistance", "utility")
+    table = need(frame_of(trials), "trial", "state", *parameters, "resistance", "utility")
     rows = table[table["state"] == "finished"].sort_values(_OTHER[objective])
-    rows = rows.assign(place=_places(ax, rows, parameter))
-    style: dict[str, Any] = {"cmap": "cividis_r", "edgecolors": "#777777", "linewidths": 0.3}
     shades = rows[_OTHER[objective]].rank()  # One that is far off would leave the rest alike.
-    size = 14 if len(rows) <= _FEW else 6
-    ax.scatter(rows["place"], rows[objective], s=size, c=shades, **style)
-    mine = rows[rows["trial"] == chosen]
-    ax.plot(mine["place"], mine[objective], **_STRONG)
-    ax.set_xlabel("trials as they were tried" if parameter == "trial" else parameter)
+    mine = (rows["trial"] == chosen).to_numpy()
+    style: dict[str, Any] = {"cmap": "cividis_r", "s": 6, "linewidths": 0}
+    if len(rows) <= _FEW:
+        style |= {"s": 14, "edgecolors": "#777777", "linewidths": 0.3}
+    below: dict[str, Any] = {"ha": "center", "va": "top", "fontsize": 8}
+    below |= {"transform": ax.get_xaxis_transform()}
+    across, ticks = [], {}
+    for place, name in enumerate(parameters):
+        at, named = _strip(rows, name)
+        across.append(place + at)
+        ticks |= {place + where: word for where, word in named.items()}
+        words = "trials as they were tried" if name == "trial" else name
+        ax.text(place + 0.5, -0.2, words, **below)
+    height = rows[objective].to_numpy()
+    ax.scatter(across, [height] * len(across), c=[shades] * len(across), **style)
+    ax.plot(np.ravel([at[mine] for at in across]), np.tile(height[mine], len(across)), **_STRONG)
+    ax.vlines(
+        range(1, len(across)), 0, 1, transform=ax.get_xaxis_transform(), colors="#cccccc", lw=0.8
+    )
+    ax.set_xlim(0, max(1, len(parameters)))
+    ax.set_xticks([*ticks], [*ticks.values()])
     ax.set_ylabel(f"{objective} (darker: more {_OTHER[objective]})")
     return ax
-
-
-def log_axis(ax: Axes, low: float, high: float) -> None:
-    """Make the horizontal axis a logarithmic one of these bounds, with two to seven ticks."""
-    ax.set_xscale("log")
-    ax.set_xlim(low * 0.8, high * 1.25)
-    ax.xaxis.set_major_locator(LogLocator(subs=(1.0,) if high > 100 * low else (1.0, 3.0)))
-    ax.xaxis.set_minor_locator(NullLocator())
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
 
 
 def short(value: Any) -> str:
@@ -211,18 +217,31 @@ def _mark(ax: Axes, table: pd.DataFrame, number: int | None, style: dict[str, An
         ax.plot([row["resistance"] if known else _EDGE], [row["utility"]], **whole)
 
 
-def _places(ax: Axes, rows: pd.DataFrame, parameter: str) -> Any:
-    """Return where trials stand along a parameter, and set up the axis for it."""
-    values = rows[parameter].infer_objects()
-    if parameter == "trial":
-        return values
-    if pd.api.types.is_numeric_dtype(values):
-        if len(values):
-            log_axis(ax, values.min(), values.max())
-        return values
-    kinds = pd.Categorical(values)
-    words = [str(kind).replace(" ", "\n") for kind in kinds.categories]
-    ax.set_xticks(range(len(words)), words)
-    ax.set_xlim(-0.5, len(words) - 0.5)
-    # Multiples of the golden ratio fill the width evenly, however many trials there are.
-    return kinds.codes + 0.5 * (rows["trial"] * 0.618034 % 1 - 0.5)
+def _strip(rows: pd.DataFrame, name: str) -> tuple[np.ndarray, dict[float, str]]:
+    """Return where trials stand along a parameter, from 0 to 1, and its ticks."""
+    values = rows[name].infer_objects()
+    if not pd.api.types.is_numeric_dtype(values):
+        kinds = pd.Categorical(values)
+        count = max(1, len(kinds.categories))
+        # Multiples of the golden ratio fill the width evenly, however many trials there are.
+        jitter = 0.5 * (rows["trial"].to_numpy() * 0.618034 % 1 - 0.5)
+        words = [str(kind).replace(" ", "\n") for kind in kinds.categories]
+        named = {(place + 0.5) / count: word for place, word in enumerate(words)}
+        return (kinds.codes + 0.5 + jitter) / count, named
+    numbers = values.to_numpy(dtype=float)
+    if not len(numbers):
+        return numbers, {}
+    low, high = numbers.min(), numbers.max()
+    if name == "trial":
+        at, scaled = MaxNLocator(5, integer=True).tick_values(low, high), np.asarray
+    else:
+        subs = (1.0,) if high > 100 * low else (1.0, 3.0)
+        at, scaled = LogLocator(subs=subs).tick_values(low, high), np.log
+    inside = at[(at >= low) & (at <= high)]
+    start, reach = scaled(low), max(scaled(high) - scaled(low), 1e-9)
+
+    def across(numbers: np.ndarray) -> np.ndarray:
+        return 0.08 + 0.84 * (scaled(numbers) - start) / reach
+
+    words = [short(value) for value in inside]
+    return across(numbers), dict(zip(across(inside).tolist(), words, strict=True))

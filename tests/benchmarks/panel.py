@@ -108,7 +108,7 @@ def seen(figure) -> list[dict]:
             "reaches": [
                 [(x, low, high) for (x, low), (_, high) in part.get_segments()]
                 for part in ax.collections
-                if isinstance(part, LineCollection)
+                if isinstance(part, LineCollection) and part.get_segments()
             ],
             "bars": [(bar.get_y(), bar.get_width()) for bar in ax.patches],
             "legend": bool(ax.get_legend()),
