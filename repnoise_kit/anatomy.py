@@ -45,6 +45,10 @@ class Parts:
             logits if self.soft_cap is None else self.soft_cap * torch.tanh(logits / self.soft_cap)
         )
 
+    def reader(self, norms: int = 1) -> nn.Module:
+        """Return what reads a stream (…, d_model) as logits: the norm, so many times, and head."""
+        return _Reader(self, norms)
+
     def mlp(self, layer: int) -> nn.Module:
         """Return a layer's MLP; its output joins the residual stream, in some families normed."""
         return _child(self.layers[layer], self.mlp_names, "mlp")
@@ -52,6 +56,18 @@ class Parts:
     def attention(self, layer: int) -> nn.Module:
         """Return a layer's attention; its output joins the stream, in some families normed."""
         return _child(self.layers[layer], self.attention_names, "attention")
+
+
+class _Reader(nn.Module):
+    def __init__(self, found: Parts, norms: int) -> None:
+        super().__init__()
+        self.norm, self.head = found.norm, found.head  # Their parameters are the reader's.
+        self.found, self.norms = found, norms
+
+    def forward(self, stream: Tensor) -> Tensor:
+        for _ in range(self.norms):
+            stream = self.norm(stream)
+        return self.found.to_logits(stream)
 
 
 def parts(model: nn.Module) -> Parts:

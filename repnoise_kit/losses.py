@@ -1,13 +1,14 @@
 """The paper's equations as functions of tensors: nothing here knows a model, a mask or a file."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float, Int, Num
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from repnoise_kit.errors import KitError
+from repnoise_kit.head import summed_ce
 
 IGNORE = -100
 """The label of a token no loss is taken on, as everywhere in Hugging Face."""
@@ -29,21 +30,22 @@ def masked_ce(
 
 
 def lens_ce(
-    hidden: Float[Tensor, "batch seq d_model"],
+    hidden: Float[Tensor, "batch seq d_model"] | Sequence[Float[Tensor, "batch seq d_model"]],
     labels: Int[Tensor, "batch seq"],
-    unembed: Callable[[Tensor], Tensor],
+    unembed: nn.Module,
     keep_logits: Num[Tensor, "batch seq"] | None = None,
 ) -> Float[Tensor, ""]:
-    """Return `masked_ce(unembed(hidden), labels)`, unembedding only the positions that predict.
+    """Return `masked_ce(unembed(hidden), labels)`; of several streams, the mean over them.
 
-    The cross-entropy of a layer read through the model's own head (Algorithm 1, line 9). Logits
-    are multiplied by `keep_logits`, where given: the published code zeroes some of them.
+    The cross-entropy of layers read through the model's own head (Algorithm 1, line 9). Only
+    positions that predict are unembedded, chunk by chunk (`head.summed_ce`). Logits are multiplied
+    by `keep_logits`, where given: the published code zeroes some of them.
     """
-    predicts = labels[:, 1:] != IGNORE
-    logits = unembed(hidden[:, :-1][predicts]).float()
-    if keep_logits is not None:
-        logits = logits * keep_logits[:, :-1][predicts].unsqueeze(-1)
-    return F.cross_entropy(logits, labels[:, 1:][predicts])
+    streams = [hidden] if isinstance(hidden, Tensor) else hidden
+    at = (labels[:, 1:] != IGNORE).nonzero(as_tuple=True)
+    rows = torch.cat([stream[at] for stream in streams])
+    kept = None if keep_logits is None else keep_logits[at].repeat(len(streams))
+    return summed_ce(rows, labels[:, 1:][at].repeat(len(streams)), unembed, kept) / len(rows)
 
 
 def mmd(

@@ -5,17 +5,18 @@ the two letters, and every published value is in the naming used here).
 """
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Literal, NamedTuple, TypedDict, Unpack, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
 
-from repnoise_kit.anatomy import Parts, parts
+from repnoise_kit.anatomy import parts
 from repnoise_kit.errors import KitError, check_numbers, check_whole
 from repnoise_kit.losses import IGNORE, lens_ce, mmd
 from repnoise_kit.model import hidden_forward
 from repnoise_kit.pairs import join, stack_rows
-from repnoise_kit.recording import record
+from repnoise_kit.recording import Site, record
 
 Batch = Mapping[str, Tensor]
 """`input_ids`, `attention_mask` and `labels` (-100 outside the answer), each (batch, seq)."""
@@ -52,6 +53,9 @@ class Knobs(TypedDict, total=False):
     lens: Literal["layers", "published", "final", "mlp"]
     """What is read through the head: the output of each layer; the embedding, each layer and the
     logits once more; the last layer; the output of each MLP."""
+    lens_layers: int | None
+    """Read only so many of these, drawn anew at each step: cheaper. Their mean is right on average,
+    its logarithm a little too small."""
     norm_last_twice: bool
     """The last layer's output passes the final norm twice, as `hidden_states[-1]` then does."""
     normalise: Literal["mean", "published", "sum"]
@@ -78,6 +82,7 @@ PAPER: Knobs = {
     "zero_logits": False,
     "drop_token_zero": False,
     "lens": "layers",
+    "lens_layers": None,
     "norm_last_twice": False,
     "normalise": "mean",
     "log": True,
@@ -143,6 +148,8 @@ def repnoise_loss(
     chosen = _choose(preset, knobs)
     if chosen["bandwidth"] is not None:
         check_numbers(above_zero=True, bandwidth=chosen["bandwidth"])
+    if chosen["lens_layers"] is not None:
+        check_whole(lens_layers=chosen["lens_layers"])
     if chosen["noise_seed"] is not None:
         check_whole(noise_seed=chosen["noise_seed"])
     _check_partners(harmful, harmless, chosen)
@@ -156,57 +163,75 @@ def repnoise_loss(
         _check_keys("retain", retain, ["input_ids", "attention_mask", "labels"])
         batches.append(retain)
 
-    with (
-        record(model, "residual") as stream,
-        record(model, "embedding") as embedding,
-        record(model, "mlp") as mlp,
-        record(model, chosen["noise_on"]) as noisy,
-    ):
+    with ExitStack() as recording:
+        recorded = {site: recording.enter_context(record(model, site)) for site in _sites(chosen)}
         joined = join(batches)
         hidden_forward(model, joined["input_ids"], joined["attention_mask"])
 
     found = parts(model)
     count, width = bad.shape
-    last = found.norm(stream[len(found.layers) - 1])
-
     answers = [good] if retain is None else [good, retain["labels"]]
     inside = [good_inside] if retain is None else [good_inside, torch.ones_like(retain["labels"])]
+    kept = stack_rows(answers, IGNORE)
     retain_term = lens_ce(
-        last[count:, : max(part.shape[1] for part in answers)],
-        stack_rows(answers, IGNORE),
-        found.to_logits,
+        recorded["residual"][len(found.layers) - 1][count:, : kept.shape[1]],
+        kept,
+        found.reader(),
         stack_rows(inside, 1) if chosen["zero_logits"] else None,
     )
 
-    read = _readings(chosen, found, stream, embedding, mlp, last)
+    read = _readings(chosen, recorded)
     zeroed = bad_inside if chosen["zero_logits"] else None
-    ascent = _normalise(
-        [lens_ce(h[:count, :width], bad, found.to_logits, zeroed) for h in read],
-        chosen["normalise"],
-    )
+    sums = []
+    some = _some(read, chosen["lens_layers"])
+    for norms in {norms for _, norms in some}:
+        own = [stream[:count, :width] for stream, times in some if times == norms]
+        sums.append(len(own) * lens_ce(own, bad, found.reader(norms), zeroed))
+    total = torch.stack(sums).sum() * (len(read) / len(some))
+    ascent = _normalise(total, len(read), chosen["normalise"])
+    noisy = recorded[chosen["noise_on"]]
     noise = _noise([noisy[i][:count, :width] for i in sorted(noisy)], bad_inside, chosen)
 
     total = retain_term + beta * noise - alpha * (ascent.log() if chosen["log"] else ascent)
     return RepNoiseLoss(total, retain_term, noise, ascent)
 
 
-def _readings(chosen, found: Parts, stream, embedding, mlp, last: Tensor) -> list[Tensor]:
-    """Return what is read through the head, normalised, first layer first."""
-    if chosen["lens"] == "final":
-        return [last]
+def _sites(chosen: Knobs) -> set[Site]:
+    """Return where activations are needed."""
+    sites: set[Site] = {"residual", chosen["noise_on"]}
+    if chosen["lens"] == "published":
+        sites.add("embedding")
+    return sites | {"mlp"} if chosen["lens"] == "mlp" else sites
+
+
+def _readings(chosen: Knobs, recorded: dict[Site, dict[int, Tensor]]) -> list[tuple[Tensor, int]]:
+    """Return what is read through the head, first layer first, and how often it is normed."""
     if chosen["lens"] == "mlp":
-        return [found.norm(mlp[i]) for i in sorted(mlp)]
-    final = found.norm(last) if chosen["norm_last_twice"] else last
-    layers = [found.norm(stream[i]) for i in sorted(stream)[:-1]] + [final]
-    return layers if chosen["lens"] == "layers" else [found.norm(embedding[0]), *layers, last]
+        return [(mlp, 1) for _, mlp in sorted(recorded["mlp"].items())]
+    stream = [residual for _, residual in sorted(recorded["residual"].items())]
+    if chosen["lens"] == "final":
+        return [(stream[-1], 1)]
+    layers = [(residual, 1) for residual in stream]
+    layers[-1] = (stream[-1], 2 if chosen["norm_last_twice"] else 1)
+    if chosen["lens"] == "layers":
+        return layers
+    return [(recorded["embedding"][0], 1), *layers, (stream[-1], 1)]
 
 
-def _normalise(terms: list[Tensor], how: str) -> Tensor:
-    total = torch.stack(terms).sum()
+def _some(read: list[tuple[Tensor, int]], count: int | None) -> list[tuple[Tensor, int]]:
+    """Return so many of the readings, drawn by the process's generator."""
+    if count is None:
+        return read
+    if count > len(read):
+        raise KitError(f"lens_layers={count}, and there are {len(read)} to read; ask for fewer")
+    return [read[place] for place in torch.randperm(len(read))[:count].tolist()]
+
+
+def _normalise(total: Tensor, terms: int, how: str) -> Tensor:
     if how == "published":
         # The published code divides by L + 1 for its L + 2 terms, and adds 1 to the quotient.
-        return total / (len(terms) - 1) + 1
-    return total / len(terms) if how == "mean" else total
+        return total / (terms - 1) + 1
+    return total / terms if how == "mean" else total
 
 
 def _noise(activations: list[Tensor], inside: Tensor, chosen: Knobs) -> Tensor:

@@ -87,6 +87,7 @@ class TestKnobs:
             ("retain_on", ["answer", "all"]),
             ("zero_logits", [False, True]),
             ("lens", ["layers", "published", "final", "mlp"]),
+            ("lens_layers", [None, 1]),
             ("norm_last_twice", [False, True]),
             ("normalise", ["mean", "published", "sum"]),
             ("log", [False, True]),
@@ -124,6 +125,30 @@ class TestKnobs:
         assert values[0] == values[1]
         free = [rk.repnoise_loss(tiny_model, *batches[:2]).noise for _ in range(2)]
         assert free[0] != free[1]
+
+    @pytest.mark.parametrize("preset", ["paper", "reference"])
+    def test_some_layers_are_right_on_average_and_their_logarithm_is_too_small(
+        self, rk, batches, preset
+    ):
+        model = make_tiny(layers=5)
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight *= 5  # So that layers differ.
+
+        def ascent(**knobs):
+            with torch.no_grad():
+                return rk.repnoise_loss(model, *batches[:2], preset=preset, **knobs).ascent
+
+        torch.manual_seed(0)
+        some = torch.stack([ascent(lens_layers=2) for _ in range(400)])
+        whole = ascent()
+        assert abs(some.mean() - whole) < 3 * some.std() / 20
+        assert some.std() > 0
+        assert some.log().mean() < whole.log()
+        count = 5 if preset == "paper" else 7
+        assert_close(ascent(lens_layers=count), whole)
+        with pytest.raises(rk.KitError, match=f"{count + 1}, and there are {count} to read"):
+            ascent(lens_layers=count + 1)
 
     def test_the_last_lens_is_the_models_own_distribution(self, rk, tiny_model, batches):
         last = self.value(rk, tiny_model, batches, lens="final").ascent
