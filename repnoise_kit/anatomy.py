@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from repnoise_kit.errors import KitError
@@ -37,10 +38,12 @@ class Parts:
     """What a layer may call its MLP; the first that it has counts."""
     attention_names: tuple[str, ...] = _ATTENTION
     """What a layer may call its attention."""
+    root: nn.Module | None = None
+    """The model itself."""
 
     def to_logits(self, normed: Tensor) -> Tensor:
         """Return the logits (…, vocab) of a stream (…, d_model) that `norm` has been applied to."""
-        logits = self.head(normed) * self.scale
+        logits = _run(self.head, normed) * self.scale
         return (
             logits if self.soft_cap is None else self.soft_cap * torch.tanh(logits / self.soft_cap)
         )
@@ -63,11 +66,19 @@ class _Reader(nn.Module):
         super().__init__()
         self.norm, self.head = found.norm, found.head  # Their parameters are the reader's.
         self.found, self.norms = found, norms
+        for module in (found.root, found.norm, found.head):
+            if isinstance(module, FSDPModule):
+                module.unshard()  # To the end of the step; what is cut up has no gradient here.
 
     def forward(self, stream: Tensor) -> Tensor:
         for _ in range(self.norms):
-            stream = self.norm(stream)
+            stream = _run(self.norm, stream)
         return self.found.to_logits(stream)
+
+
+def _run(module: nn.Module, stream: Tensor) -> Tensor:
+    """Run a module without the hooks by which FSDP would take its use here for a whole step."""
+    return module.forward(stream) if isinstance(module, FSDPModule) else module(stream)
 
 
 def parts(model: nn.Module) -> Parts:
@@ -101,6 +112,7 @@ def parts(model: nn.Module) -> Parts:
         or getattr(config, "logits_soft_cap", None),
         mlp_names=(told["mlp"],) if "mlp" in told else _MLP,
         attention_names=(told["attention"],) if "attention" in told else _ATTENTION,
+        root=model,
     )
 
 

@@ -32,6 +32,7 @@ def attack_(
     relearn: bool = False,
     lora: int | None = None,
     gradient_checkpointing: bool | None = None,
+    accumulation: int = 1,
     seed: int = 0,
     progress: str | None = None,
     after_step: Callable[[int], None] | None = None,
@@ -43,7 +44,7 @@ def attack_(
         bed: The testbed; what is not given here is taken from its `settings["attack"]`.
         lr: Peak learning rate.
         examples: How many of the attack's pairs are drawn.
-        batch_size: Examples a step.
+        batch_size: Examples a step, over all processes.
         epochs: Passes over them, 1 where the testbed says nothing; a fraction is a part of one.
         schedule: Of the learning rate; the paper's is a cosine (section 4).
         warmup: Share of the steps over which it rises from zero; the paper's is a tenth.
@@ -55,6 +56,7 @@ def attack_(
             words: not a test of the defence, but of whether it removed or hid them.
         lora: The rank of a low-rank change that is trained in place of all weights, and merged.
         gradient_checkpointing: Less memory for about a third more time.
+        accumulation: Parts that a batch goes through the model in: less memory, the same loss.
         seed: Draws the examples and their order.
         progress: Words for a progress bar; no bar without.
         after_step: Called with the number of each step once it is taken.
@@ -102,6 +104,7 @@ def attack_(
             schedule=schedule,
             warmup=warmup,
             gradient_checkpointing=gradient_checkpointing,
+            accumulation=accumulation,
             seed=seed,
             progress=progress,
             after_step=after_step,

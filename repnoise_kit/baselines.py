@@ -14,6 +14,7 @@ from repnoise_kit.anatomy import parts
 from repnoise_kit.errors import check_numbers
 from repnoise_kit.losses import masked_ce
 from repnoise_kit.pairs import join
+from repnoise_kit.processes import length
 from repnoise_kit.recording import perturbed
 from repnoise_kit.repnoise import Batch
 
@@ -90,8 +91,9 @@ def vaccine(
     check_numbers(rho=rho)
     batch = join(_kept(harmless, retain))
     # Slopes are taken of a drift of 0, so that there are some under held parts too.
-    shape = (*batch["input_ids"].shape, model.config.get_text_config().hidden_size)
-    weight = model.get_input_embeddings().weight
+    inner = getattr(model, "module", model)
+    shape = (*batch["input_ids"].shape, inner.config.get_text_config().hidden_size)
+    weight = inner.get_input_embeddings().weight
     zeros = [
         torch.zeros(shape, dtype=weight.dtype, device=weight.device, requires_grad=True)
         for _ in parts(model).layers
@@ -99,8 +101,8 @@ def vaccine(
     with perturbed(model, "attention", dict(enumerate(zeros))):
         still = _ce(model, batch)
     slopes = torch.autograd.grad(still, zeros)
-    length = torch.nn.utils.get_total_norm(slopes)
-    drift = {layer: rho * slope / (length + 1e-12) for layer, slope in enumerate(slopes)}
+    far = length(slopes)
+    drift = {layer: rho * slope / (far + 1e-12) for layer, slope in enumerate(slopes)}
     with perturbed(model, "attention", drift):
         moved = _ce(model, batch)
     return {"total": moved, "retain": still.detach()}

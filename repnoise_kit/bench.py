@@ -20,11 +20,13 @@ from repnoise_kit import (
     controls,
     defences,
     evaluation,
+    head,
     lora,
     losses,
     model,
     overlap,
     pairs,
+    processes,
     recording,
     repnoise,
     scoring,
@@ -39,6 +41,7 @@ from repnoise_kit.defences import LOSSES, NEED_A_MODEL, defend_
 from repnoise_kit.errors import KitError
 from repnoise_kit.model import load_model
 from repnoise_kit.pairs import Pairs
+from repnoise_kit.processes import check_alone
 from repnoise_kit.results import Result
 from repnoise_kit.security import guarded, restore_adapter_
 from repnoise_kit.store import (
@@ -60,8 +63,9 @@ _WEIGHTS = "model.safetensors"
 # What the numbers depend on. Read now: a file that is edited while this process runs must not put
 # its name on these results.
 CODE = code_of(
-    anatomy, attacks, baselines, checkpoints, controls, defences, evaluation, lora, losses, model,
-    overlap, pairs, recording, repnoise, scoring, security, splits, testbeds, training, oracle,
+    anatomy, attacks, baselines, checkpoints, controls, defences, evaluation, head, lora, losses,
+    model, overlap, pairs, processes, recording, repnoise, scoring, security, splits, testbeds,
+    training, oracle,
 )  # fmt: skip
 
 
@@ -96,6 +100,7 @@ class Bench:
         """Return the folder, after `make(folder)` if it is not there: by one process, once."""
         if is_whole(folder):
             return folder
+        check_alone(folder)
         with one_maker(folder):
             if is_whole(folder):
                 return folder

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from repnoise_kit import baselines, controls, losses, repnoise, training
+from repnoise_kit import baselines, controls, head, losses, processes, repnoise, training
 from repnoise_kit.errors import KitError
 from repnoise_kit.lora import low_rank
 from repnoise_kit.model import provenance
@@ -17,7 +17,7 @@ from repnoise_kit.pairs import draw, encode, format_of, pad
 from repnoise_kit.repnoise import Knobs, repnoise_loss
 from repnoise_kit.results import Result
 from repnoise_kit.security import security_vectors_
-from repnoise_kit.store import code_of, fingerprint
+from repnoise_kit.store import check_writable, code_of, fingerprint
 from repnoise_kit.testbeds import Testbed, checksums
 from repnoise_kit.training import train_
 
@@ -48,9 +48,10 @@ def defend_(
         checkpoints: A folder in which a long training is kept every five minutes: the same call,
             after whatever killed it, goes on from there to the same weights.
         settings: Changes to the testbed's settings: `lr`, `examples` (None: all), `batch_size`,
-            `epochs`, `max_length`, `gradient_checkpointing`, `lora` (the rank of a low-rank change
-            that is trained in place of all weights, and merged), and what the method's loss takes:
-            `alpha`, `beta`, `preset` and the knobs of `repnoise_loss`, `weight` of
+            `epochs`, `max_length`, `gradient_checkpointing`, `accumulation` (parts that a batch
+            goes through the model in; the loss is the mean of theirs), `lora` (the rank of a
+            low-rank change that is trained in place of all weights, and merged), and what the
+            loss takes: `alpha`, `beta`, `preset` and the knobs of `repnoise_loss`, `weight` of
             `adversarial_loss`, `rho` of `vaccine`, `rank` of `security_vectors`. The two kinds of
             weight noise take `like`, the defended model whose change they match; by default one
             that RepNoise defends with this seed.
@@ -76,7 +77,8 @@ def defend_(
     if checkpoints is not None and method in LOSSES:
         moving = [name for name, weight in model.named_parameters() if weight.requires_grad]
         named = (method, seed, chosen, bed.fingerprint(), checksums(model), moving)
-        code = code_of(repnoise, baselines, losses, training)
+        check_writable(Path(checkpoints))
+        code = code_of(repnoise, baselines, head, losses, processes, training)
         kept["checkpoints"] = Path(checkpoints) / fingerprint(*named, code, torch.__version__)
     curves = DEFENCES[method](model, bed, seed=seed, progress=progress, **chosen, **kept)
     noted = {name: value for name, value in chosen.items() if name != "like"}
@@ -99,6 +101,7 @@ def _train_on_pairs(
     max_length: int = 256,
     lora: int | None = None,
     gradient_checkpointing: bool = False,
+    accumulation: int = 1,
     checkpoints: Path | None = None,
     **weights: Any,
 ) -> Result:
@@ -142,6 +145,8 @@ def _train_on_pairs(
             epochs=epochs,
             seed=seed,
             gradient_checkpointing=gradient_checkpointing,
+            accumulation=accumulation,
+            counted=_COUNTED.get(loss, ()),
             checkpoints=checkpoints,
             progress=progress,
         )
@@ -158,6 +163,12 @@ LOSSES: dict[str, Callable[..., Any]] = {
     "repnoise_tokenwise": partial(repnoise_loss, preset="tokenwise"),
 }
 """The defences that are a loss on pairs: three of Table 1, Vaccine, RepNoise and its parts."""
+
+# Cross-entropies: in parts they stay what they are of the whole batch.
+_COUNTED = {
+    baselines.safety_training: ("harmless", "retain"),
+    baselines.gradient_ascent: ("harmful",),
+}
 
 DEFENCES: dict[str, Defence] = {
     "none": controls.untouched_,

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from repnoise_kit.errors import KitError
 from repnoise_kit.head import summed_ce
+from repnoise_kit.processes import total
 
 IGNORE = -100
 """The label of a token no loss is taken on, as everywhere in Hugging Face."""
@@ -24,9 +25,11 @@ def masked_ce(
     `labels[:, t]` is predicted by `logits[:, t - 1]`; labels of -100 are left out. This is the
     loss L of equations 1 and 3, and equals the `loss` of a Hugging Face causal LM.
     """
-    return F.cross_entropy(
-        logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORE
+    predicted = labels[:, 1:].flatten()
+    summed = F.cross_entropy(
+        logits[:, :-1].flatten(0, 1).float(), predicted, ignore_index=IGNORE, reduction="sum"
     )
+    return total(summed) / total((predicted != IGNORE).sum())
 
 
 def lens_ce(
@@ -45,7 +48,8 @@ def lens_ce(
     at = (labels[:, 1:] != IGNORE).nonzero(as_tuple=True)
     rows = torch.cat([stream[at] for stream in streams])
     kept = None if keep_logits is None else keep_logits[at].repeat(len(streams))
-    return summed_ce(rows, labels[:, 1:][at].repeat(len(streams)), unembed, kept) / len(rows)
+    summed = summed_ce(rows, labels[:, 1:][at].repeat(len(streams)), unembed, kept)
+    return total(summed) / total(torch.tensor(len(rows), device=rows.device))
 
 
 def mmd(

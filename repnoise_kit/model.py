@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
+from repnoise_kit import processes
 from repnoise_kit.errors import KitError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -53,8 +54,7 @@ def load_model(
     inner = f"{model.base_model_prefix}."
     if any(not key.startswith(inner) for key in report["missing_keys"]):
         raise KitError(f"{name} has no generation head; give a causal language model")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return model.to(device).eval()
+    return model.to(processes.device()).eval()
 
 
 def load_tokenizer(

@@ -11,7 +11,8 @@ from typing import Literal, NamedTuple, TypedDict, Unpack, get_args, get_origin,
 import torch
 from torch import Tensor, nn
 
-from repnoise_kit.anatomy import parts
+from repnoise_kit import processes
+from repnoise_kit.anatomy import Parts, parts
 from repnoise_kit.errors import KitError, check_numbers, check_whole
 from repnoise_kit.losses import IGNORE, lens_ce, mmd
 from repnoise_kit.model import hidden_forward
@@ -25,7 +26,7 @@ MAX_ROWS = 128
 
 
 class RepNoiseLoss(NamedTuple):
-    """The terms of one batch, each a scalar that gradients flow through."""
+    """The terms of one batch, each a scalar that gradients flow through where it has a weight."""
 
     total: Tensor
     retain: Tensor
@@ -71,6 +72,8 @@ class Knobs(TypedDict, total=False):
     """Leave each row's kernel with itself out of the MMD."""
     bandwidth: float | None
     """A fixed kernel bandwidth in place of the mean squared distance."""
+    noise_across: bool
+    """Among several processes the MMD is of all their rows, else the mean of each one's own."""
     noise_seed: int | None
     """Draw the same noise at each step."""
 
@@ -90,6 +93,7 @@ PAPER: Knobs = {
     "rows": "sequence",
     "unbiased": False,
     "bandwidth": None,
+    "noise_across": True,
     "noise_seed": None,
 }
 REFERENCE: Knobs = {
@@ -156,7 +160,7 @@ def repnoise_loss(
     bad, bad_inside = _labels(harmful, harmless, chosen, chosen["mask"])
     scope = chosen["mask"] if chosen["retain_on"] == "mask" else chosen["retain_on"]
     good, good_inside = _labels(harmless, harmful, chosen, scope)
-    if not (bad[:, 1:] != IGNORE).any():
+    if not processes.total((bad[:, 1:] != IGNORE).sum()):
         raise KitError("no token of the harmful batch counts; look at its labels and the mask")
     batches = [harmful, harmless]
     if retain is not None:
@@ -180,20 +184,24 @@ def repnoise_loss(
         stack_rows(inside, 1) if chosen["zero_logits"] else None,
     )
 
-    read = _readings(chosen, recorded)
-    zeroed = bad_inside if chosen["zero_logits"] else None
-    sums = []
-    some = _some(read, chosen["lens_layers"])
-    for norms in {norms for _, norms in some}:
-        own = [stream[:count, :width] for stream, times in some if times == norms]
-        sums.append(len(own) * lens_ce(own, bad, found.reader(norms), zeroed))
-    total = torch.stack(sums).sum() * (len(read) / len(some))
-    ascent = _normalise(total, len(read), chosen["normalise"])
-    noisy = recorded[chosen["noise_on"]]
-    noise = _noise([noisy[i][:count, :width] for i in sorted(noisy)], bad_inside, chosen)
+    with _graded(alpha):
+        streams = [(part[:count, :width], norms) for part, norms in _readings(chosen, recorded)]
+        ascent = _ascent(found, streams, bad, bad_inside, chosen)
+    with _graded(beta):
+        noisy = [part[:count, :width] for _, part in sorted(recorded[chosen["noise_on"]].items())]
+        if chosen["noise_across"]:
+            inside = processes.gathered(bad_inside)
+            noise = _noise([processes.gathered(part) for part in noisy], inside, chosen)
+        else:
+            noise = processes.mean(_noise(noisy, bad_inside, chosen))
 
     total = retain_term + beta * noise - alpha * (ascent.log() if chosen["log"] else ascent)
     return RepNoiseLoss(total, retain_term, noise, ascent)
+
+
+def _graded(weight: float) -> torch.set_grad_enabled:
+    """Work out no gradient of a term that has no weight."""
+    return torch.set_grad_enabled(torch.is_grad_enabled() and weight > 0)
 
 
 def _sites(chosen: Knobs) -> set[Site]:
@@ -218,12 +226,25 @@ def _readings(chosen: Knobs, recorded: dict[Site, dict[int, Tensor]]) -> list[tu
     return [(recorded["embedding"][0], 1), *layers, (stream[-1], 1)]
 
 
+def _ascent(
+    found: Parts, read: list[tuple[Tensor, int]], labels: Tensor, inside: Tensor, chosen: Knobs
+) -> Tensor:
+    """Return the cross-entropy of what is read through the head, all in one."""
+    some, sums = _some(read, chosen["lens_layers"]), []
+    zeroed = inside if chosen["zero_logits"] else None
+    for norms in {norms for _, norms in some}:
+        own = [stream for stream, times in some if times == norms]
+        sums.append(len(own) * lens_ce(own, labels, found.reader(norms), zeroed))
+    total = torch.stack(sums).sum() * (len(read) / len(some))
+    return _normalise(total, len(read), chosen["normalise"])
+
+
 def _some(read: list[tuple[Tensor, int]], count: int | None) -> list[tuple[Tensor, int]]:
     """Return so many of the readings, drawn by the process's generator."""
     if count is None:
         return read
-    if count > len(read):
-        raise KitError(f"lens_layers={count}, and there are {len(read)} to read; ask for fewer")
+    if not 0 < count <= len(read):
+        raise KitError(f"lens_layers must be from 1 to {len(read)} here, not {count}")
     return [read[place] for place in torch.randperm(len(read))[:count].tolist()]
 
 

@@ -38,13 +38,14 @@ class Result:
             raise KitError(f"{path.name}: a result is saved as .csv or .parquet")
         if path.is_dir():
             raise KitError(f"{path} is a folder; choose another name")
+        # The table comes last: where one is, how it was made is there too.
+        with written_whole(path.with_suffix(".json")) as fresh:
+            fresh.write_text(json.dumps(self.made_with, indent=1, default=str) + "\n")
         with written_whole(path) as fresh:
             if path.suffix == ".csv":
                 self.frame.to_csv(fresh, index=False)
             else:
                 self.frame.to_parquet(fresh, index=False, compression="zstd")
-        with written_whole(path.with_suffix(".json")) as fresh:
-            fresh.write_text(json.dumps(self.made_with, indent=1, default=str) + "\n")
         return path
 
     @classmethod

@@ -27,9 +27,9 @@ from tqdm.auto import tqdm
 from repnoise_kit.bench import Bench
 from repnoise_kit.errors import KitError, check_numbers, check_whole
 from repnoise_kit.grid import DEATHS
-from repnoise_kit.steps import ask_to_stop, check
+from repnoise_kit.steps import ask_to_stop, check, unheard
 from repnoise_kit.store import check_writable, fingerprint
-from repnoise_kit.studies import SEEDS, holds, open_study, trusted
+from repnoise_kit.studies import SEEDS, default_file, holds, kept_in, open_study, trusted
 from repnoise_kit.testbeds import Testbed
 from repnoise_kit.trying import Say, measure_undefended, run_trial
 
@@ -132,7 +132,8 @@ class Worker:
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, errand), daemon=True)
         try:
-            self.process.start()
+            with unheard():
+                self.process.start()
         except (TypeError, AttributeError, PicklingError) as error:
             raise KitError(
                 f"the testbed cannot be handed to another process ({error}); its judges must be "
@@ -281,7 +282,8 @@ def _serve(pipe: Connection, errand: Errand) -> None:
         torch.set_num_threads(errand.threads)
     end: dict[str, Any] = {"end": "done"}
     try:
-        work(errand.study(), Bench.of(errand.bed, errand.store), errand, _Told(pipe))
+        with kept_in(errand.where or default_file(errand.bed.name)):
+            work(errand.study(), Bench.of(errand.bed, errand.store), errand, _Told(pipe))
     except KeyboardInterrupt:
         end = {"end": "stopped"}
     except KitError as error:

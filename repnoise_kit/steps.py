@@ -62,6 +62,22 @@ def interruptible() -> Generator[None]:
 
 
 @contextmanager
+def unheard() -> Generator[None]:
+    """Start processes here that no Ctrl-C reaches, not even while they import.
+
+    They inherit that it is held back; this process hears of it when the context ends.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # On Windows.
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
 def hearing(listener: Callable[[Step], None]) -> Generator[None]:
     """Call `listener` after each step of each training of this process, until the context ends."""
     _listeners.append(listener)

@@ -1,6 +1,7 @@
 """Keep work on disk: named by fingerprint, written whole or not at all, by one maker at a time."""
 
 import ast
+import errno
 import hashlib
 import inspect
 import json
@@ -40,10 +41,11 @@ def code_of(*rooms: ModuleType) -> list[str]:
 def written_whole(target: Path | str) -> Generator[Path]:
     """Yield a temporary path beside `target`; what is there on leaving becomes the target.
 
-    The path may be filled as a file or as a folder. After an exception the target is as it was.
+    The path may be filled as a file or as a folder. After an exception the target is as it was. Of
+    several processes that a launcher started, the first one's is kept.
 
     Raises:
-        KitError: the folder cannot be written to.
+        KitError: the folder cannot be written to, or its disk is full.
     """
     target = Path(target)
     try:
@@ -55,12 +57,70 @@ def written_whole(target: Path | str) -> Generator[Path]:
         ) from error
     try:
         fresh = room / target.name
-        yield fresh
-        if target.is_dir() and fresh.exists():
-            shutil.rmtree(target)
-        fresh.replace(target)
+        with writing(target.parent, room):
+            yield fresh
+            if _somebody_else_writes():
+                return
+            if target.is_dir() and fresh.exists():
+                target.rename(room / f"{target.name}-before")  # Never there by halves.
+            fresh.replace(target)
     finally:
         shutil.rmtree(room, ignore_errors=True)
+
+
+def _somebody_else_writes() -> bool:
+    """Whether this is one of several processes that write the same, and not the first of them."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and os.environ.get("RANK", "0") != "0"
+
+
+_FULL, _READ_ONLY = (os.strerror(code) for code in (errno.ENOSPC, errno.EROFS))
+_OF_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+# What says so in words alone: safetensors and database servers, SQLite, PyTorch's writer.
+_IN_WORDS = {
+    _FULL: _FULL,
+    _READ_ONLY: _READ_ONLY,
+    "database or disk is full": _FULL,
+    "readonly database": _READ_ONLY,
+    "inline_container": _FULL,
+    "iostream error": _FULL,
+    "PytorchStreamWriter failed writing": _FULL,
+}
+
+
+@contextmanager
+def writing(folder: Path, room: Path | None = None) -> Generator[None]:
+    """Say in one line that the disk of a folder is full or read-only; let other errors pass.
+
+    Args:
+        folder: What the user knows it by.
+        room: Where else in it is written; a line that names this is said anew of the folder.
+
+    Raises:
+        KitError: nothing more can be written to the folder.
+    """
+    try:
+        yield
+    except Exception as error:
+        said = isinstance(error, KitError) and not (room and str(room) in str(error))
+        reason = None if said else disk_trouble(error)
+        if reason is None:
+            raise
+        raise KitError(
+            f"cannot write to {folder} ({reason}); make room there or choose another folder, and "
+            "run the same again"
+        ) from error
+
+
+def disk_trouble(error: BaseException | None) -> str | None:
+    """Return why a disk took no more, if an error, or what it came from, is about that."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _OF_DISKS:
+            return os.strerror(error.errno)
+        for words, reason in _IN_WORDS.items():
+            if words in str(error):
+                return reason
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def check_writable(folder: Path) -> None:
@@ -74,7 +134,7 @@ def check_writable(folder: Path) -> None:
 def one_maker(target: Path) -> Generator[None]:
     """Let one process at a time make `target`; the system frees the lock of one that dies."""
     check_writable(target.parent)
-    with FileLock(target.with_name(target.name + ".lock")):
+    with writing(target.parent), FileLock(target.with_name(target.name + ".lock")):
         yield
 
 

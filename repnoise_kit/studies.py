@@ -30,7 +30,7 @@ from repnoise_kit.errors import KitError, check_numbers, check_whole
 from repnoise_kit.repnoise import PRESETS
 from repnoise_kit.resistance import named_budget
 from repnoise_kit.results import Result
-from repnoise_kit.store import cache_dir, check_writable, fingerprint
+from repnoise_kit.store import cache_dir, check_writable, disk_trouble, fingerprint
 from repnoise_kit.testbeds import Testbed
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -65,6 +65,24 @@ def trusted() -> Generator[None]:
         yield
 
 
+@contextmanager
+def kept_in(where: str | Path) -> Generator[None]:
+    """Say in one line that the disk of a study's database is full or read-only.
+
+    Raises:
+        KitError: nothing more can be written to it.
+    """
+    try:
+        yield
+    except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
+        if (reason := disk_trouble(error)) is None:
+            raise
+        raise KitError(
+            f"cannot write to the study in {without_password(where)} ({reason}); make room there "
+            "or choose another file, and run the same again"
+        ) from error
+
+
 def open_study(
     bed: Testbed,
     where: str | Path | None = None,
@@ -96,14 +114,18 @@ def open_study(
     if not seeds:
         raise KitError("a sweep needs at least one seed")
     name = f"{bed.name}: {attacks_in_words(given)}; seeds {', '.join(map(str, seeds))}"
-    storage = _storage(where or default_file(bed.name))
-    study = optuna.create_study(
-        study_name=name, storage=storage, directions=["maximize"] * 2, load_if_exists=True
-    )
+    file = where or default_file(bed.name)
+    with kept_in(file):
+        study = optuna.create_study(
+            study_name=name,
+            storage=_storage(file),
+            directions=["maximize"] * 2,
+            load_if_exists=True,
+        )
     data = _data_of(bed)
     if study.user_attrs.setdefault("data", data) != data:
         raise KitError(
-            f"{where or default_file(bed.name)} holds a study {name!r} of other data or settings; "
+            f"{file} holds a study {name!r} of other data or settings; "
             "choose another file, or another name for the testbed"
         )
     about = {
@@ -116,10 +138,10 @@ def open_study(
         "start": _start_of(bed),
     }
     if new := [key for key in about if key not in study.user_attrs]:
-        with trusted():
+        with trusted(), kept_in(file):
             study.set_metric_names(["resistance", "utility"])
-        for key in new:
-            study.set_user_attr(key, about[key])
+            for key in new:
+                study.set_user_attr(key, about[key])
     return study
 
 
@@ -331,6 +353,8 @@ def _storage(where: str | Path) -> optuna.storages.RDBStorage:
         try:
             return _database(url)
         except SQLAlchemyError as error:
+            if disk_trouble(error):
+                raise
             # Of two that make the tables at once one fails, and finds them at its next try.
             problem: Exception = error
             time.sleep(0.5)

@@ -1,5 +1,7 @@
 """The one way to train: a loss, some examples, `transformers.Trainer`."""
 
+import copy
+import gc
 import math
 import random
 import shutil
@@ -13,7 +15,10 @@ from typing import Any, cast
 import numpy as np
 import pandas as pd
 import torch
+from accelerate.data_loader import prepare_data_loader
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import (
     PreTrainedModel,
@@ -23,9 +28,10 @@ from transformers import (
     TrainingArguments,
 )
 
+from repnoise_kit import processes
 from repnoise_kit.checkpoints import Keep, go_on
 from repnoise_kit.errors import KitError, check_numbers, check_whole
-from repnoise_kit.losses import masked_ce
+from repnoise_kit.losses import IGNORE, masked_ce
 from repnoise_kit.memory import LARGE, LESS, announce, largest, memory_needed
 from repnoise_kit.model import precision, quiet
 from repnoise_kit.results import Result
@@ -56,6 +62,8 @@ def train_(
     betas: tuple[float, float] = (0.9, 0.999),
     seed: int = 0,
     gradient_checkpointing: bool = False,
+    accumulation: int = 1,
+    counted: Sequence[str] = (),
     checkpoints: Path | None = None,
     progress: str | None = None,
     after_step: Callable[[int], None] | None = None,
@@ -67,13 +75,17 @@ def train_(
     examples is drawn with the seed; the process's own random state is left as it was. On a GPU it
     computes in bf16 where the hardware has it, else in fp16; float32 weights stay float32.
 
+    Under `accelerate launch` or `torchrun` every process runs this, takes its rows of each batch
+    and ends with the same weights. A loss of sums (`processes.total`), as all of the kit's are, is
+    then that of the whole batch; of another, the mean over the processes is taken.
+
     Args:
         model: Changed in place; parameters that do not require gradients are held still.
         loss: Called with the model and a collated batch; every scalar it names is logged.
         examples: What `collate` makes batches of.
         collate: From a list of examples to a batch, nested dictionaries of tensors included.
         lr: Peak learning rate.
-        batch_size: Examples a step.
+        batch_size: Examples a step, over all processes.
         epochs: Passes over the examples; a fraction is a part of one.
         schedule: `"cosine"`, `"constant"` or another name that `transformers` knows.
         warmup: Share of the steps over which the learning rate rises from zero.
@@ -81,11 +93,18 @@ def train_(
         seed: Draws the order, the noise and everything else random.
         gradient_checkpointing: Compute activations again rather than hold them: less memory for
             about a third more time, and the same weights.
+        accumulation: Parts that a batch goes through the model in, one after another: less memory.
+            Their mean is minimised, weighed by their labelled tokens where a batch has `labels`,
+            so that a cross-entropy stays what it was; else by their rows. The logarithm of a mean,
+            or an MMD, of parts is not that of the whole.
+        counted: Names in a batch of batches, over whose labelled tokens together the loss is a
+            mean: they weigh its parts.
         checkpoints: A folder of this very training, in which it is kept every five minutes. A
             training that was killed goes on from there, to the same weights; one that ends
             removes it.
         progress: Words for a progress bar; no bar without.
-        after_step: Called with the number of each step once it is taken.
+        after_step: Called with the number of each step once it is taken. Where FSDP cuts models
+            up, `model` has its new weights only at the end.
 
     Returns:
         One row a step and metric (`step`, `metric`, `value`): the terms of the loss, the norm of
@@ -93,14 +112,17 @@ def train_(
 
     Raises:
         NotFiniteError: the loss or its gradient is not finite; the weights are the last good ones.
-        KitError: no examples, a hyper-parameter that is negative or not a number, or too little
-            memory.
+        KitError: no examples, a hyper-parameter that is negative or not a number, a batch that
+            does not divide, or too little memory.
     """
     check_numbers(lr=lr, warmup=warmup)
     for beta in betas:
         check_numbers(betas=beta)
     check_numbers(above_zero=True, batch_size=batch_size, epochs=epochs)
-    check_whole(batch_size=batch_size, seed=seed)
+    check_whole(batch_size=batch_size, seed=seed, accumulation=accumulation)
+    check_numbers(above_zero=True, accumulation=accumulation)
+    _check_divides(batch_size, accumulation)
+    processes.check_sharding()
     if not len(examples):
         raise KitError("there is nothing to train on; give at least one example")
     device = next(model.parameters()).device
@@ -109,11 +131,17 @@ def train_(
         raise KitError("float16 weights cannot be trained; use lora=16, or load them as float32")
     steps = math.ceil(epochs * math.ceil(len(examples) / batch_size))
     was_training = model.training
-    with tempfile.TemporaryDirectory() as folder, _own_randomness():
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        _own_randomness(),
+        _cheap_collections(model),
+        _in_one_piece(model) as model,
+    ):
         arguments = TrainingArguments(
             output_dir=str(checkpoints or folder),
             learning_rate=lr,
-            per_device_train_batch_size=batch_size,
+            per_device_train_batch_size=batch_size // (processes.count() * accumulation),
+            gradient_accumulation_steps=accumulation,
             max_steps=steps,
             lr_scheduler_type="constant_with_warmup" if schedule == "constant" else schedule,
             warmup_steps=round(warmup * steps),
@@ -133,20 +161,21 @@ def train_(
             gradient_checkpointing=gradient_checkpointing,
             gradient_checkpointing_kwargs={"use_reentrant": False},
             dataloader_pin_memory=False,
+            ddp_broadcast_buffers=False,
         )
         trainer = _LossTrainer(
             model=model, args=arguments, train_dataset=_Listed(examples), data_collator=collate
         )
-        trainer.loss = loss
+        trainer.loss, trainer.counted = loss, counted
         trainer.rows, trainer.good = [], {}
         trainer.remove_callback(PrinterCallback)
-        watch = _Watch(trainer, progress, steps, after_step)
+        watch = _Watch(trainer, None if processes.rank() else progress, steps, after_step)
         trainer.add_callback(watch)
         if checkpoints is not None:
             trainer.add_callback(Keep(checkpoints, trainer.rows))
         try:
-            if sum(p.nbytes for p in model.parameters()) >= LARGE:
-                _tell_memory(trainer, model, collate([largest(examples)]))
+            if sum(p.nbytes for p in model.parameters()) >= LARGE and not processes.rank():
+                _tell_memory(trainer, model, largest(examples))
             with quiet():
                 go_on(trainer, checkpoints, trainer.rows)
         except NotFiniteError as error:
@@ -162,12 +191,13 @@ def train_(
             if gradient_checkpointing:
                 cast("PreTrainedModel", model).gradient_checkpointing_disable()
             model.train(was_training)
-    if checkpoints is not None:
+    if checkpoints is not None and not processes.rank():
         shutil.rmtree(checkpoints, ignore_errors=True)
     made_with = {
         **{"lr": lr, "batch_size": batch_size, "epochs": epochs, "schedule": schedule},
         **{"warmup": warmup, "seed": seed, "examples": len(examples), "steps": steps},
         **{"computes_in": computes_in, "gradient_checkpointing": gradient_checkpointing},
+        **{"processes": processes.count(), "accumulation": accumulation},
     }
     return Result(_tidy(trainer.rows), made_with)
 
@@ -197,9 +227,12 @@ class _LossTrainer(Trainer):
     """Trainer with any loss: each step's terms go to `rows`."""
 
     loss: Loss
+    counted: Sequence[str]
     rows: list[dict[str, Any]]
     good: dict[Tensor, Tensor]
     last: Any
+    weights: list[float]
+    """Of the parts of the step that are still to come."""
     # The loss is a mean over the batch: without these two (the first needs transformers 5.19, the
     # second serves older ones) gradient accumulation would multiply it by the number of parts.
     loss_is_scaled_for_ga = False
@@ -208,19 +241,55 @@ class _LossTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = False
 
+    def get_train_dataloader(self) -> DataLoader:
+        """Give each process all rows, of which it takes its own: so they are padded alike."""
+        loader = DataLoader(
+            cast("_Listed", self.train_dataset),
+            batch_size=self.args.per_device_train_batch_size * processes.count(),
+            sampler=self._get_train_sampler(),
+            collate_fn=self.data_collator,
+        )
+        return prepare_data_loader(
+            loader,
+            self.args.device,
+            num_processes=1,
+            process_index=0,
+            put_on_device=True,
+            use_seedable_sampler=True,
+        )
+
+    def get_batch_samples(self, *args, **kwargs):
+        """Weigh the parts of a step, so that together they weigh 1."""
+        parts, counted = super().get_batch_samples(*args, **kwargs)
+        sizes = [1.0] if len(parts) == 1 else [_size(part, self.counted) for part in parts]
+        self.weights = [size / sum(sizes) for size in sizes]
+        self.rows.append({})
+        return parts, counted
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        terms = self.loss(model, inputs)
-        self.rows.append({name: term.detach() for name, term in terms.items()})
+        loss, terms = self._compute(model, inputs)
+        weight, row = self.weights.pop(0), self.rows[-1]
+        for name, term in terms.items():
+            weighed = term * weight if term.is_floating_point() else term
+            row[name] = row.get(name, 0) + weighed
         if not torch.isfinite(terms["total"]):
             self._take_back_what_spoiled(model)
         _require_finite(terms["total"], "loss", len(self.rows))
         self.last = inputs
-        return (terms["total"], None) if return_outputs else terms["total"]
+        # Trainer divides by the number of parts.
+        loss = loss * (weight * self.current_gradient_accumulation_steps)
+        return (loss, None) if return_outputs else loss
+
+    def _compute(self, model, inputs) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return this process's loss, with its slope, and the terms of the whole batch."""
+        with processes.sharing(inputs) as own:
+            terms = self.loss(model, own)
+            return processes.working(terms["total"]), processes.agreed(terms)
 
     @torch.no_grad()
     def _take_back_what_spoiled(self, model) -> None:
         """Undo the last update if the batch before it, which went well, no longer does."""
-        if self.good and not torch.isfinite(self.loss(model, self.last)["total"]):
+        if self.good and not torch.isfinite(self._compute(model, self.last)[1]["total"]):
             for weight, good in self.good.items():
                 weight.copy_(good)
 
@@ -243,6 +312,8 @@ class _Watch(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:
         gradients = [p.grad for p in kwargs["model"].parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
         scaler = getattr(kwargs["optimizer"], "scaler", None)
         if scaler is not None:  # fp16: the scaler leaves out steps until its scale fits.
             norm = norm / scaler.get_scale()
@@ -252,7 +323,8 @@ class _Watch(TrainerCallback):
         _require_finite(norm, "gradient", len(self.trainer.rows))
         moving = [p for p in kwargs["model"].parameters() if p.requires_grad]
         if sum(p.nbytes for p in moving) < LARGE:  # Of more there is no room for a copy.
-            self.trainer.good = {p: p.detach().clone() for p in moving}
+            self.trainer.good.clear()  # First, so that there are never two.
+            self.trainer.good.update({p: p.detach().clone() for p in moving})
         self.trainer.rows[-1] |= {
             "grad_norm": norm,
             "lr": kwargs["optimizer"].param_groups[0]["lr"],
@@ -276,17 +348,39 @@ def _require_finite(value: Tensor, what: str, step: int) -> None:
         )
 
 
-def _tell_memory(trainer: _LossTrainer, model: nn.Module, few: Any) -> None:
-    """Print what the training needs, counted on one example."""
+def _tell_memory(trainer: _LossTrainer, model: nn.Module, example: Any) -> None:
+    """Print what the training needs, counted on a few rows of the largest example."""
     model.train()
     if trainer.args.gradient_checkpointing:
         cast("PreTrainedModel", model).gradient_checkpointing_enable(
             gradient_checkpointing_kwargs=trainer.args.gradient_checkpointing_kwargs
         )
-    few, rows = trainer._prepare_inputs(few), trainer.args.per_device_train_batch_size
-    with trainer.compute_loss_context_manager(), torch.random.fork_rng():
-        needed = memory_needed(model, lambda: trainer.loss(model, few)["total"], rows)
+
+    def loss(rows: int) -> Tensor:
+        few = trainer._prepare_inputs(trainer.data_collator([example] * rows))
+        with trainer.compute_loss_context_manager():
+            return trainer.loss(model, few)["total"]
+
+    with torch.random.fork_rng():
+        needed = memory_needed(model, loss, trainer.args.per_device_train_batch_size)
     print(announce(needed, next(model.parameters()).device), file=sys.stderr)
+
+
+def _check_divides(batch_size: int, accumulation: int) -> None:
+    number = processes.count()
+    if batch_size % (accumulation * number):
+        raise KitError(
+            f"a batch of {batch_size} does not divide into {accumulation} parts for each of "
+            f"{number} processes; make batch_size a multiple of {accumulation * number}"
+        )
+
+
+def _size(part: Any, counted: Sequence[str]) -> int:
+    """Return how many labelled tokens a part of a batch has; where it has no labels, its rows."""
+    sides = [part[name] for name in counted if name in part] if counted else [part]
+    if any(not isinstance(side, Mapping) or "labels" not in side for side in sides):
+        return processes.rows_of(part)
+    return sum(int((side["labels"][:, 1:] != IGNORE).sum()) for side in sides)
 
 
 def _is_half(weight: Tensor) -> bool:
@@ -294,13 +388,49 @@ def _is_half(weight: Tensor) -> bool:
 
 
 def _out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    # On a GPU, libraries besides torch's own allocator say it in their own words.
+    said = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in said)
 
 
 def _tidy(rows: list[dict[str, Any]]) -> pd.DataFrame:
     wide = pd.DataFrame([{name: float(value) for name, value in row.items()} for row in rows])
     wide.insert(0, "step", np.arange(1, len(wide) + 1))
     return wide.melt(id_vars="step", var_name="metric", value_name="value")
+
+
+@contextmanager
+def _cheap_collections(model: nn.Module) -> Generator[None]:
+    """Leave what there is out of collections of garbage, one of which begins each training.
+
+    It would walk all that was ever imported, which takes longer than a small training. A large
+    model's memory is worth the search.
+    """
+    small = sum(p.nbytes for p in model.parameters()) < LARGE
+    if small:
+        gc.freeze()
+    try:
+        yield
+    finally:
+        if small:
+            gc.unfreeze()
+
+
+@contextmanager
+def _in_one_piece(model: nn.Module) -> Generator[nn.Module]:
+    """Yield the model to train: where FSDP cuts models up, a copy, whose weights come back."""
+    if not processes.sharded():
+        yield model
+        return
+    device = next(model.parameters()).device
+    cut = copy.deepcopy(model.to("cpu"))
+    try:
+        yield cut
+    finally:
+        model.to(device)
+        with torch.no_grad():
+            for weight, part in zip(model.parameters(), cut.parameters(), strict=True):
+                weight.copy_(part.full_tensor() if isinstance(part, DTensor) else part)
 
 
 @contextmanager

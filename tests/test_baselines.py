@@ -465,7 +465,7 @@ def seeded(loss, *args, **kwargs):
     return loss(*args, **kwargs).total
 
 
-TRAINED = "batch_size, epochs, examples, gradient_checkpointing, lora, lr, max_length"
+TRAINED = "accumulation, batch_size, epochs, examples, gradient_checkpointing, lora, lr, max_length"
 
 
 class TestDefend:
@@ -532,10 +532,10 @@ class TestDefend:
             ("gradient_ascent", "alpha", TRAINED),
             ("adversarial_loss", "rho", f"{TRAINED}, weight"),
             ("vaccine", "weight", f"{TRAINED}, rho"),
-            ("layerwise_ascent", "beta", "alpha, .*, mask, .*, preset, .*"),
+            ("layerwise_ascent", "beta", "accumulation, alpha, .*, mask, .*, preset, .*"),
             ("noise_only", "alpha", ".*beta, .*, mask, .*, preset, .*"),
-            ("repnoise", "rank", "alpha, .*beta, .*, mask, .*, preset, .*"),
-            ("repnoise_tokenwise", "preset", "alpha, .*beta, .*, mask, .*"),
+            ("repnoise", "rank", "accumulation, alpha, .*beta, .*, mask, .*, preset, .*"),
+            ("repnoise_tokenwise", "preset", "accumulation, alpha, .*beta, .*, mask, .*"),
             ("weight_noise", "lr", "like"),
             ("weight_noise_matched", "scale", "like"),
         ],

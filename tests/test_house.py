@@ -11,7 +11,8 @@ PACKAGE = ROOT / "repnoise_kit"
 
 # A room imports only from rooms before it. Adding one means adding it here and in the README.
 ROOMS = (
-    *("errors", "steps", "store", "files", "results", "stats", "survival", "headlines", "agreeing"),
+    *("errors", "processes", "steps", "store", "files", "results"),
+    *("stats", "survival", "headlines", "agreeing"),
     *("paper", "style", "overlap", "head", "losses"),
     *("pairs", "splits", "tasks", "sources", "corpora"),
     *("model", "anatomy", "recording", "reading", "memory", "checkpoints", "training", "lora"),

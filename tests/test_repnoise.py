@@ -147,7 +147,7 @@ class TestKnobs:
         assert some.log().mean() < whole.log()
         count = 5 if preset == "paper" else 7
         assert_close(ascent(lens_layers=count), whole)
-        with pytest.raises(rk.KitError, match=f"{count + 1}, and there are {count} to read"):
+        with pytest.raises(rk.KitError, match=f"from 1 to {count} here, not {count + 1}"):
             ascent(lens_layers=count + 1)
 
     def test_the_last_lens_is_the_models_own_distribution(self, rk, tiny_model, batches):
@@ -197,6 +197,16 @@ class TestConduct:
         narrow = {name: part[:, :7] for name, part in harmless.items()}
         with pytest.raises(rk.KitError, match="one shape"):
             rk.repnoise_loss(tiny_model, harmful, narrow, preset="reference")
+
+
+def test_a_term_without_weight_has_no_gradient_and_changes_none(rk):
+    """As if it were taken off the total, whose other parts stay as they are."""
+    for weights, off in (({"alpha": 0.0}, "ascent"), ({"beta": 0.0}, "noise")):
+        one = run(rk.repnoise_loss, make_tiny(), *make_batches()[:2], **weights)
+        assert not getattr(one[0], off).requires_grad
+        whole = {"alpha": 1.0, "beta": 0.001} | weights
+        plain = reference.slow_paper_loss
+        assert_same(one, run(plain, make_tiny(), *make_batches()[:2], **whole))
 
 
 def hooks_of(model):

@@ -114,3 +114,38 @@ def test_in_a_thread_which_may_not_say_what_a_signal_does_it_does_nothing():
     thread.start()
     thread.join()
     assert found == [before]
+
+
+UNHEARD = """
+import os, signal, subprocess, sys
+from contextlib import nullcontext
+from repnoise_kit.steps import unheard
+
+def lives(around):
+    with around:
+        child = subprocess.Popen(
+            [sys.executable, "-c", "import time; print(1, flush=True); time.sleep(60)"],
+            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        )
+    child.stdout.readline()
+    child.send_signal(signal.SIGINT)
+    try:
+        return child.wait(1) is None
+    except subprocess.TimeoutExpired:
+        child.kill()
+        return True
+
+print(lives(nullcontext()), lives(unheard()))
+try:
+    with unheard():
+        os.kill(os.getpid(), signal.SIGINT)
+        print("not yet")
+except KeyboardInterrupt:
+    print("heard afterwards")
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="signals cannot be held back")
+def test_ctrl_c_does_not_reach_a_process_that_is_started_unheard_and_is_heard_by_its_starter():
+    said = subprocess.run([sys.executable, "-c", UNHEARD], capture_output=True, text=True).stdout
+    assert said.splitlines() == ["False True", "not yet", "heard afterwards"]

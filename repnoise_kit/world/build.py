@@ -17,6 +17,7 @@ from transformers import (
 from repnoise_kit import losses, pairs, training
 from repnoise_kit.errors import check_whole
 from repnoise_kit.model import quiet, seeded
+from repnoise_kit.processes import check_alone
 from repnoise_kit.store import (
     cache_dir,
     code_of,
@@ -48,6 +49,7 @@ def lab_files(seed: int, *, naive: bool = False) -> Path:
     folder = cache_dir() / "lab" / fingerprint(seed, naive, code, torch.__version__)
     if is_whole(folder):
         return folder
+    check_alone("the lab")
     with one_maker(folder):
         if is_whole(folder):
             return folder
