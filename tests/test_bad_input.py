@@ -436,7 +436,7 @@ class TestNumbers:
 
         with pytest.raises(rk.KitError, match=r"no defence 'magic'; there are none, random"):
             rk.defend_(bed.model(), bed, "magic")
-        with pytest.raises(rk.KitError, match=r"no setting 'gamma'; its settings: alpha"):
+        with pytest.raises(rk.KitError, match=r"no setting 'gamma'; its settings: accumulation"):
             rk.defend_(bed.model(), bed, gamma=1.0)
         with pytest.raises(rk.KitError, match=r"no preset 'mine'; there are paper"):
             rk.defend_(bed.model(), bed, preset="mine")

@@ -121,6 +121,9 @@ import os, signal, subprocess, sys
 from contextlib import nullcontext
 from repnoise_kit.steps import unheard
 
+# Where this test is run in the background, Ctrl-C is ignored from the start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 def lives(around):
     with around:
         child = subprocess.Popen(

@@ -238,7 +238,8 @@ def versions(arguments: argparse.Namespace) -> dict[str, str]:
 def _shares(row: dict[str, Any], base: dict[str, Any]) -> dict[str, float]:
     if row["seconds"] is None or base["seconds"] is None:
         return {}
-    return {f"{name} of published": row[name] / base[name] for name in ("seconds", "peak")}
+    shown = [name for name in ("seconds", "peak") if base[name]]
+    return {f"{name} of published": row[name] / base[name] for name in shown}
 
 
 def _measured(form: str, pairs: int, tokens: int) -> dict[str, Any]:
