@@ -33,6 +33,7 @@ from repnoise_kit import (
     security,
     splits,
     testbeds,
+    trainer,
     training,
 )
 from repnoise_kit.anatomy import frozen
@@ -65,7 +66,7 @@ _WEIGHTS = "model.safetensors"
 CODE = code_of(
     anatomy, attacks, baselines, checkpoints, controls, defences, evaluation, head, lora, losses,
     model, overlap, pairs, processes, recording, repnoise, scoring, security, splits, testbeds,
-    training, oracle,
+    trainer, training, oracle,
 )  # fmt: skip
 
 

@@ -9,7 +9,16 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from repnoise_kit import baselines, controls, head, losses, processes, repnoise, training
+from repnoise_kit import (
+    baselines,
+    controls,
+    head,
+    losses,
+    processes,
+    repnoise,
+    trainer,
+    training,
+)
 from repnoise_kit.errors import KitError
 from repnoise_kit.lora import low_rank
 from repnoise_kit.model import provenance
@@ -78,7 +87,7 @@ def defend_(
         moving = [name for name, weight in model.named_parameters() if weight.requires_grad]
         named = (method, seed, chosen, bed.fingerprint(), checksums(model), moving)
         check_writable(Path(checkpoints))
-        code = code_of(repnoise, baselines, head, losses, processes, training)
+        code = code_of(repnoise, baselines, head, losses, processes, trainer, training)
         kept["checkpoints"] = Path(checkpoints) / fingerprint(*named, code, torch.__version__)
     curves = DEFENCES[method](model, bed, seed=seed, progress=progress, **chosen, **kept)
     noted = {name: value for name, value in chosen.items() if name != "like"}

@@ -157,6 +157,7 @@ def main(folder, out, *names):
         found |= {name: slopes(loss) for name, loss in LOSSES.items()}
         found["spoilt"] = spoilt(bed)
         found["unfinished"] = unfinished(bed, out / "kept")
+        found["gone on"] = to_the_end(bed, folder / "begun")
     torch.save(found, out / f"rank-{processes.rank()}.pt")
 
 

@@ -330,14 +330,14 @@ class TestSample:
 @pytest.fixture
 def diverging(monkeypatch):
     """Let the loss of every attack be NaN at its fifth step, before anything is spoiled."""
-    from repnoise_kit import training
+    from repnoise_kit import trainer
 
-    real = training._require_finite
+    real = trainer._require_finite
 
     def fifth(value, what, step):
         real(value * float("nan") if (what, step) == ("loss", 5) else value, what, step)
 
-    monkeypatch.setattr(training, "_require_finite", fifth)
+    monkeypatch.setattr(trainer, "_require_finite", fifth)
 
 
 class TestDiverged:

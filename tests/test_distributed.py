@@ -74,7 +74,8 @@ def kept(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def two(folder, kept):
+def two(folder, bed, kept):
+    assert ranks.unfinished(bed, folder / "begun") == ["rows.json"]
     return launched(PLAIN, folder, kept, ranks.TRAININGS)
 
 
@@ -181,6 +182,15 @@ def test_one_process_goes_on_from_the_checkpoint_of_two(two, kept, bed, tmp_path
     same(weights, gone_on, bed)
     same_curves(curves, its_curves)
     assert not list((kept / "kept").glob("*"))
+
+
+def test_two_processes_go_on_from_the_checkpoint_of_one(two, folder, bed, tmp_path):
+    weights, curves, steps = ranks.to_the_end(bed, tmp_path / "undisturbed")
+    for gone_on, its_curves, its_steps in (rank["gone on"] for rank in two):
+        assert its_steps == steps[ranks.DEATH - 1 :]
+        same(weights, gone_on, bed)
+        same_curves(curves, its_curves)
+    assert not list((folder / "begun").glob("*"))
 
 
 class TestAccumulation:

@@ -15,7 +15,7 @@ from small import own_files
 from torch import nn
 
 import repnoise_kit as rk
-from repnoise_kit import memory, training
+from repnoise_kit import memory, trainer, training
 from repnoise_kit.lora import low_rank
 from repnoise_kit.memory import LESS, Memory, announce, largest, memory_needed
 from repnoise_kit.model import precision
@@ -514,16 +514,16 @@ def watched(gradient, scale=None):
     optimizer = SimpleNamespace(param_groups=[{"lr": 0.25}])
     if scale is not None:
         optimizer.scaler = SimpleNamespace(get_scale=lambda: scale)
-    trainer = SimpleNamespace(rows=[{"total": torch.tensor(1.0)}], good={})
-    watch = training._Watch(trainer, None, 1, None)
+    base = SimpleNamespace(rows=[{"total": torch.tensor(1.0)}], good={})
+    watch = trainer.Watch(base, None, 1, None)
     try:
         watch.on_pre_optimizer_step(None, None, None, model=model, optimizer=optimizer)
     finally:
         watch.bar.close()
-    (kept,) = trainer.good.items()
+    (kept,) = base.good.items()
     assert kept[0] is model.weight
     assert kept[0].equal(kept[1])
-    return {name: float(value) for name, value in trainer.rows[0].items()}
+    return {name: float(value) for name, value in base.rows[0].items()}
 
 
 class TestScaler:

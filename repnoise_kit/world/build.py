@@ -14,7 +14,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from repnoise_kit import losses, pairs, training
+from repnoise_kit import losses, pairs, trainer, training
 from repnoise_kit.errors import check_whole
 from repnoise_kit.model import quiet, seeded
 from repnoise_kit.processes import check_alone
@@ -45,7 +45,7 @@ def lab_files(seed: int, *, naive: bool = False) -> Path:
     A naive model was taught everything but the forbidden recipes that are evaluated.
     """
     check_whole(lab_seed=seed)
-    code = code_of(grammar, corpus, pairs, training, losses, sys.modules[__name__])
+    code = code_of(grammar, corpus, pairs, trainer, training, losses, sys.modules[__name__])
     folder = cache_dir() / "lab" / fingerprint(seed, naive, code, torch.__version__)
     if is_whole(folder):
         return folder
