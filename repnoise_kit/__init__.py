@@ -27,13 +27,14 @@ _ROOMS = {
     "anatomy": ("frozen", "name_parts_"),
     "recording": ("record",),
     "losses": ("lens_ce", "masked_ce", "mmd"),
+    "knobs": ("PRESETS",),
     "training": ("train_",),
     "labelled": ("local_classifier",),
     "judges": (
         "beavertails_classifier", "hub_classifier", "judge", "toxicity_classifier",
     ),
     "testbeds": ("Testbed", "lab", "testbed"),
-    "repnoise": ("PRESETS", "RepNoiseLoss", "repnoise_loss"),
+    "repnoise": ("RepNoiseLoss", "repnoise_loss"),
     "security": ("guarded",),
     "defences": ("DEFENCES", "defend_"),
     "attacks": ("attack_",),
@@ -137,6 +138,7 @@ if TYPE_CHECKING:
     from repnoise_kit.judges import hub_classifier as hub_classifier
     from repnoise_kit.judges import judge as judge
     from repnoise_kit.judges import toxicity_classifier as toxicity_classifier
+    from repnoise_kit.knobs import PRESETS as PRESETS
     from repnoise_kit.labelled import local_classifier as local_classifier
     from repnoise_kit.lens import layer_log_probs as layer_log_probs
     from repnoise_kit.lens import logit_mass as logit_mass
@@ -180,7 +182,6 @@ if TYPE_CHECKING:
     from repnoise_kit.recording import record as record
     from repnoise_kit.refusals import make_refusals as make_refusals
     from repnoise_kit.released import before_and_after as before_and_after
-    from repnoise_kit.repnoise import PRESETS as PRESETS
     from repnoise_kit.repnoise import RepNoiseLoss as RepNoiseLoss
     from repnoise_kit.repnoise import repnoise_loss as repnoise_loss
     from repnoise_kit.resistance import resistance_grid as resistance_grid

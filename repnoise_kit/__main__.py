@@ -189,7 +189,7 @@ def _columns(text: str) -> dict[str, str]:
 
 
 def _shown(storage: str | None, bed: "Testbed") -> str:
-    from repnoise_kit.studies import default_file, without_password
+    from repnoise_kit.database import default_file, without_password
 
     return without_password(storage) if storage else str(default_file(bed.name))
 

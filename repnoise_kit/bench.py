@@ -21,6 +21,7 @@ from repnoise_kit import (
     defences,
     evaluation,
     head,
+    knobs,
     lora,
     losses,
     model,
@@ -64,9 +65,9 @@ _WEIGHTS = "model.safetensors"
 # What the numbers depend on. Read now: a file that is edited while this process runs must not put
 # its name on these results.
 CODE = code_of(
-    anatomy, attacks, baselines, checkpoints, controls, defences, evaluation, head, lora, losses,
-    model, overlap, pairs, processes, recording, repnoise, scoring, security, splits, testbeds,
-    trainer, training, oracle,
+    anatomy, attacks, baselines, checkpoints, controls, defences, evaluation, head, knobs, lora,
+    losses, model, overlap, pairs, processes, recording, repnoise, scoring, security, splits,
+    testbeds, trainer, training, oracle,
 )  # fmt: skip
 
 

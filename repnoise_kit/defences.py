@@ -13,6 +13,7 @@ from repnoise_kit import (
     baselines,
     controls,
     head,
+    knobs,
     losses,
     processes,
     repnoise,
@@ -20,10 +21,11 @@ from repnoise_kit import (
     training,
 )
 from repnoise_kit.errors import KitError
+from repnoise_kit.knobs import Knobs
 from repnoise_kit.lora import low_rank
 from repnoise_kit.model import provenance
 from repnoise_kit.pairs import draw, encode, format_of, pad
-from repnoise_kit.repnoise import Knobs, repnoise_loss
+from repnoise_kit.repnoise import repnoise_loss
 from repnoise_kit.results import Result
 from repnoise_kit.security import security_vectors_
 from repnoise_kit.store import check_writable, code_of, fingerprint
@@ -87,7 +89,7 @@ def defend_(
         moving = [name for name, weight in model.named_parameters() if weight.requires_grad]
         named = (method, seed, chosen, bed.fingerprint(), checksums(model), moving)
         check_writable(Path(checkpoints))
-        code = code_of(repnoise, baselines, head, losses, processes, trainer, training)
+        code = code_of(repnoise, baselines, head, knobs, losses, processes, trainer, training)
         kept["checkpoints"] = Path(checkpoints) / fingerprint(*named, code, torch.__version__)
     curves = DEFENCES[method](model, bed, seed=seed, progress=progress, **chosen, **kept)
     noted = {name: value for name, value in chosen.items() if name != "like"}

@@ -25,11 +25,12 @@ from optuna.trial import TrialState
 from tqdm.auto import tqdm
 
 from repnoise_kit.bench import Bench
+from repnoise_kit.database import default_file, kept_in, trusted
 from repnoise_kit.errors import KitError, check_numbers, check_whole
 from repnoise_kit.grid import DEATHS
 from repnoise_kit.steps import ask_to_stop, check, unheard
 from repnoise_kit.store import check_writable, fingerprint
-from repnoise_kit.studies import SEEDS, default_file, holds, kept_in, open_study, trusted
+from repnoise_kit.studies import SEEDS, holds, open_study
 from repnoise_kit.testbeds import Testbed
 from repnoise_kit.trying import Say, measure_undefended, run_trial
 

@@ -5,11 +5,7 @@ numbers can be compared; a database may hold many. All that is drawn of a trial 
 the study is, nothing else is needed.
 """
 
-import re
-import time
-import warnings
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,21 +20,15 @@ from optuna.distributions import (
     json_to_distribution,
 )
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy.exc import SQLAlchemyError
 
+from repnoise_kit.database import default_file, kept_in, storage, trusted
 from repnoise_kit.errors import KitError, check_numbers, check_whole
-from repnoise_kit.repnoise import PRESETS
+from repnoise_kit.knobs import PRESETS
 from repnoise_kit.resistance import named_budget
 from repnoise_kit.results import Result
-from repnoise_kit.store import cache_dir, check_writable, disk_trouble, fingerprint
+from repnoise_kit.store import fingerprint
 from repnoise_kit.testbeds import Testbed
 
-optuna.logging.set_verbosity(optuna.logging.ERROR)
-
-HEARTBEAT, GRACE = 5, 30
-"""Seconds between two signs of life of a trial, and without one until it is tried again."""
-
-RETRIES = 3
 SEEDS = (100, 101)
 """What trials are judged on: seeds on which nothing is reported."""
 
@@ -53,34 +43,6 @@ STATES = {
 }
 CELLS = ["lr", "examples", "group", "metric", "value", "low", "high"]
 """What is kept of an evaluation, for each attack, group and metric."""
-
-
-@contextmanager
-def trusted() -> Generator[None]:
-    """Let pass in silence what Optuna has called experimental for years."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        # That it takes low values for good ones, of which `importance` takes care.
-        warnings.filterwarnings("ignore", message=".*PedAnova")
-        yield
-
-
-@contextmanager
-def kept_in(where: str | Path) -> Generator[None]:
-    """Say in one line that the disk of a study's database is full or read-only.
-
-    Raises:
-        KitError: nothing more can be written to it.
-    """
-    try:
-        yield
-    except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
-        if (reason := disk_trouble(error)) is None:
-            raise
-        raise KitError(
-            f"cannot write to the study in {without_password(where)} ({reason}); make room there "
-            "or choose another file, and run the same again"
-        ) from error
 
 
 def open_study(
@@ -118,7 +80,7 @@ def open_study(
     with kept_in(file):
         study = optuna.create_study(
             study_name=name,
-            storage=_storage(file),
+            storage=storage(file),
             directions=["maximize"] * 2,
             load_if_exists=True,
         )
@@ -143,17 +105,6 @@ def open_study(
             for key in new:
                 study.set_user_attr(key, about[key])
     return study
-
-
-def default_file(testbed: str) -> Path:
-    """Return where the studies of a testbed lie unless somebody says otherwise."""
-    return cache_dir() / "studies" / (re.sub(r"[^\w.-]+", "-", testbed) + ".db")
-
-
-def without_password(where: str | Path) -> str:
-    """Write where a study is, as it may be shown."""
-    hidden = re.sub(r"(://[^/:@]*):.*@", r"\1:…@", str(where))
-    return re.sub(r"([?&][^=&]*(?:password|passwd|pwd)=)[^&]*", r"\1…", hidden)
 
 
 def attacks_in_words(attacks: Sequence[tuple[float, int]]) -> str:
@@ -334,49 +285,3 @@ def _data_of(bed: Testbed) -> str:
     tables = [bed.splits.defence.frame, bed.splits.attack.frame, bed.evaluated()]
     tables += [table for table in (bed.retain, bed.everyday) if table is not None]
     return fingerprint([table.to_csv(index=False) for table in tables], bed.settings)
-
-
-def _storage(where: str | Path) -> optuna.storages.RDBStorage:
-    """Open a database whose dead trials are tried again."""
-    url = str(where)
-    if url.startswith("sqlite") and (":memory:" in url or url.rstrip("/").endswith(":")):
-        raise KitError(f"{url} is in the memory of one process; give a file, which all can open")
-    if "://" not in url:
-        check_writable(Path(url).absolute().parent)
-        url = f"sqlite:///{Path(url).absolute()}"
-    if url.partition("://")[2].partition("?")[0].count("@") > 1:
-        raise KitError(
-            f"no database opens at {without_password(where)} (more than one @); write the one of a "
-            "password as %40"
-        )
-    for _ in range(3):
-        try:
-            return _database(url)
-        except SQLAlchemyError as error:
-            if disk_trouble(error):
-                raise
-            # Of two that make the tables at once one fails, and finds them at its next try.
-            problem: Exception = error
-            time.sleep(0.5)
-        except (ImportError, RuntimeError, ValueError) as error:
-            problem = error
-            break
-    raise KitError(
-        f"no database opens at {without_password(where)} ({str(problem).splitlines()[0]}); give a "
-        "file, or a URL such as postgresql+psycopg://user@host/name, and install its driver"
-    ) from problem
-
-
-def _database(url: str) -> optuna.storages.RDBStorage:
-    # SQLite lets one process write at a time; the others wait.
-    options = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {}
-    with trusted():
-        return optuna.storages.RDBStorage(
-            url,
-            engine_kwargs=options | {"pool_pre_ping": True},
-            heartbeat_interval=HEARTBEAT,
-            grace_period=GRACE,
-            heartbeat_stale_trial_callback=optuna.storages.RetryHeartbeatStaleTrialCallback(
-                max_retry=RETRIES
-            ),
-        )

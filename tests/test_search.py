@@ -19,7 +19,7 @@ from optuna.trial import TrialState
 from sweeps import HOW, age, bench_of, states, tally
 
 from repnoise_kit import __main__ as command
-from repnoise_kit import archive, choosing, search, steps, studies, trying
+from repnoise_kit import archive, choosing, database, search, steps, studies, trying
 from repnoise_kit.errors import KitError
 from repnoise_kit.results import Result
 from repnoise_kit.search import Errand, search_settings, work
@@ -193,8 +193,8 @@ class TestTheDead:
     @pytest.fixture
     def soon(self, monkeypatch):
         """Find the dead after two seconds."""
-        monkeypatch.setattr(studies, "HEARTBEAT", 1)
-        monkeypatch.setattr(studies, "GRACE", 2)
+        monkeypatch.setattr(database, "HEARTBEAT", 1)
+        monkeypatch.setattr(database, "GRACE", 2)
 
     def dead(self, bed, bench, where, lived, parts=6):
         """A trial of a process that died: `lived`, after its first sign of life."""
@@ -247,7 +247,7 @@ class TestTheDead:
             optuna.storages.fail_stale_trials(study)
             if not states(study).get("waiting"):
                 break
-        assert states(study) == {"stopped": 1 + studies.RETRIES}
+        assert states(study) == {"stopped": 1 + database.RETRIES}
 
 
 class TestOneWanted:

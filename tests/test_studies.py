@@ -14,7 +14,7 @@ from optuna.trial import TrialState
 from small import own_files
 
 import repnoise_kit as rk
-from repnoise_kit import archive, studies
+from repnoise_kit import archive, database, studies
 from repnoise_kit.errors import KitError
 
 ATTACK = [(3e-4, 8)]
@@ -176,7 +176,7 @@ URLS = [
 class TestWhere:
     @pytest.mark.parametrize("url", URLS)
     def test_what_cannot_be_opened_is_one_line_without_a_password(self, bed, url, monkeypatch):
-        monkeypatch.setattr(studies.time, "sleep", lambda seconds: None)
+        monkeypatch.setattr(database.time, "sleep", lambda seconds: None)
         with pytest.raises(KitError) as refused:
             studies.open_study(bed, url, attacks=ATTACK)
         assert "\n" not in str(refused.value)
@@ -185,7 +185,7 @@ class TestWhere:
 
     @pytest.mark.parametrize("url", URLS)
     def test_no_password_is_shown(self, url):
-        shown = studies.without_password(url)
+        shown = database.without_password(url)
         assert SECRET not in shown
         assert shown.partition("://")[0] == url.partition("://")[0]
 
@@ -200,7 +200,7 @@ class TestWhere:
         ],
     )
     def test_what_holds_no_password_is_shown_as_it_is(self, where):
-        assert studies.without_password(where) == where
+        assert database.without_password(where) == where
 
     def test_a_file_that_is_no_database_is_one_line(self, bed, where):
         where.write_text("this is a diary" * 100)
@@ -220,7 +220,7 @@ class TestWhere:
         odd = bed.changed(name="a/b: c*?")
         studies.open_study(odd, attacks=ATTACK)
         (made,) = (tmp_path / "cache" / "studies").glob("*.db")
-        assert made == studies.default_file(odd.name)
+        assert made == database.default_file(odd.name)
         assert re.fullmatch(r"[\w.-]+", made.name)
 
 

@@ -17,7 +17,7 @@ from sweeps import HOW, age, bench_of, states
 
 import repnoise_kit as rk
 from repnoise_kit import bench as bench_room
-from repnoise_kit import steps, studies, trying
+from repnoise_kit import database, steps, studies, trying
 from repnoise_kit.anatomy import frozen, parts
 from repnoise_kit.search import Errand, work
 
@@ -334,17 +334,17 @@ class TestStopped:
         self, bench, study, pretending
     ):
         self.stop(study, bench)
-        for _ in range(studies.RETRIES + 1):
+        for _ in range(database.RETRIES + 1):
             trial = study.ask()
             steps.ask_to_stop()
             with pytest.raises(KeyboardInterrupt):
                 trying.run_trial(study, trial, bench, silent)
-        assert states(study) == {"stopped": studies.RETRIES + 2, "waiting": 1}
+        assert states(study) == {"stopped": database.RETRIES + 2, "waiting": 1}
 
     def test_and_one_that_was_stopped_often_is_still_found_dead(self, bench, study, pretending):
         """Each Ctrl-C is no death."""
         self.stop(study, bench)
-        for _ in range(studies.RETRIES):
+        for _ in range(database.RETRIES):
             trial = study.ask()
             steps.ask_to_stop()
             with pytest.raises(KeyboardInterrupt):
