@@ -7,6 +7,7 @@ from numbers import Integral
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
@@ -114,6 +115,27 @@ def parts(model: nn.Module) -> Parts:
         attention_names=(told["attention"],) if "attention" in told else _ATTENTION,
         root=model,
     )
+
+
+@torch.no_grad()
+def check_lens(
+    model: nn.Module, hidden: Float[Tensor, "batch d_model"], own: Float[Tensor, "batch vocab"]
+) -> None:
+    """Refuse a model whose own logits are not its norm and head on what its last layer leaves.
+
+    Raises:
+        KitError: they differ by more than rounding.
+    """
+    ours = parts(model).reader()(hidden).float()
+    size = own.float().abs().max()
+    exact = own.dtype == torch.float32 and not torch.is_autocast_enabled(own.device.type)
+    near = (ours - own.float()).abs().max() <= (1e-3 if exact else 3e-2) * size
+    if not near and own.isfinite().all():  # Of a spoiled model others say what is wrong.
+        inner = getattr(model, "module", model)
+        raise KitError(
+            f"{type(inner).__name__} makes its logits otherwise than by its last norm and head, so "
+            "that no layer can be read through them; look at rk.name_parts_"
+        )
 
 
 def name_parts_(model: PreTrainedModel, **names: str) -> None:

@@ -56,7 +56,8 @@ def attack_(
             words: not a test of the defence, but of whether it removed or hid them.
         lora: The rank of a low-rank change that is trained in place of all weights, and merged.
         gradient_checkpointing: Less memory for about a third more time.
-        accumulation: Parts that a batch goes through the model in: less memory, the same loss.
+        accumulation: Parts that a batch goes through the model in: less memory, the same loss (but
+            for `loss_on="all"`, as each part is padded to its own longest).
         seed: Draws the examples and their order.
         progress: Words for a progress bar; no bar without.
         after_step: Called with the number of each step once it is taken.

@@ -15,7 +15,7 @@ from repnoise_kit.errors import check_numbers
 from repnoise_kit.losses import masked_ce
 from repnoise_kit.pairs import join
 from repnoise_kit.processes import length
-from repnoise_kit.recording import perturbed
+from repnoise_kit.recording import kept_whole, perturbed
 from repnoise_kit.repnoise import Batch
 
 Terms = dict[str, Tensor]
@@ -87,6 +87,8 @@ def vaccine(
         harmless: Questions with their refusals.
         retain: Everyday questions and answers, which are trained on in the same way.
         rho: Length of the drift, in units of the activations.
+
+    The pass under the drift is taken without gradient checkpointing.
     """
     check_numbers(rho=rho)
     batch = join(_kept(harmless, retain))
@@ -103,7 +105,7 @@ def vaccine(
     slopes = torch.autograd.grad(still, zeros)
     far = length(slopes)
     drift = {layer: rho * slope / (far + 1e-12) for layer, slope in enumerate(slopes)}
-    with perturbed(model, "attention", drift):
+    with perturbed(model, "attention", drift), kept_whole(inner):
         moved = _ce(model, batch)
     return {"total": moved, "retain": still.detach()}
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
+from repnoise_kit import processes
 from repnoise_kit.errors import KitError, check_numbers, check_whole
 from repnoise_kit.model import quiet, why_not
 from repnoise_kit.neutral import control_markers, neutralised
@@ -169,9 +170,9 @@ def place_of(name: str | Path) -> str:
 
 def from_hub(kind: Any, source: str, revision: str | None, what: str) -> tuple[Any, Any]:
     """Load a model, in float32 on a CPU and as it was saved on a GPU, and its tokenizer."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = processes.device()
     told: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": False}
-    dtype: Any = "auto" if device == "cuda" else torch.float32
+    dtype: Any = "auto" if device.type == "cuda" else torch.float32
     with quiet():
         try:
             model, report = kind.from_pretrained(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from repnoise_kit.anatomy import parts
+from repnoise_kit.anatomy import check_lens, parts
 from repnoise_kit.errors import KitError
 from repnoise_kit.losses import IGNORE
 from repnoise_kit.model import hidden_forward, provenance
@@ -60,24 +60,11 @@ def layer_log_probs(model: nn.Module, batch: Mapping[str, Tensor]) -> Float[Tens
         record(model, "residual", [last], pool=lambda hidden: hidden[:, -1]) as end,
     ):
         own = hidden_forward(model, batch["input_ids"], batch["attention_mask"])
-    _check_lens(model, end[last], own)
+    check_lens(model, end[last], own)
     layers = [entry[0], *(stream[layer] for layer in sorted(stream))]
     each = torch.stack([_log_probs(model, hidden, labels[rows, places]) for hidden in layers])
     sums = each.new_zeros(len(layers), len(labels)).index_add_(1, rows.to(each.device), each)
     return sums / inside.sum(dim=1).to(each.device)
-
-
-def _check_lens(model: nn.Module, hidden: Float[Tensor, "batch d_model"], own: Tensor) -> None:
-    """Refuse a model whose own logits are not its norm and head on what the last layer leaves."""
-    found = parts(model)
-    ours = found.to_logits(found.norm(hidden)).float()
-    size = own.float().abs().max()
-    near = 1e-3 if own.dtype == torch.float32 else 3e-2
-    if not (ours - own.float()).abs().max() <= near * size:
-        raise KitError(
-            f"{type(model).__name__} makes its logits otherwise than by its last norm and head, so "
-            "that no layer can be read through them; look at rk.name_parts_"
-        )
 
 
 def _log_probs(

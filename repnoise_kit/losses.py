@@ -63,7 +63,8 @@ def mmd(
 
     Five Gaussian kernels exp(-d²/b) of bandwidths b·{¼, ½, 1, 2, 4} are summed, where b is the
     mean squared distance over all pairs of different rows, taken as a constant: the estimate of
-    the noise term in section 3 and Appendix B of the paper. 0 for equal samples and at most 10.
+    the noise term in section 3 and Appendix B of the paper. 0 for equal samples, and for empty
+    ones; at most 10.
     The biased form counts each row against itself, so that it stays above 2·(5 - 1.907)/sample
     or so even for two samples of one distribution; `unbiased` leaves those pairs out and may be
     slightly negative.
@@ -71,16 +72,20 @@ def mmd(
     Distances come from one Gram matrix in float32: nothing pairwise of the width `d` is held.
     """
     count = len(x)
+    if not count:
+        return (x.sum() + y.sum()).float()
     if unbiased and count < 2:
         raise KitError(f"an unbiased MMD needs 2 rows or more, not {count}; use larger batches")
     rows = torch.cat([x, y]).float()
-    gram = rows @ rows.T
+    with torch.autocast(rows.device.type, enabled=False):
+        gram = rows @ rows.T
     norms = gram.diagonal()
     other = ~torch.eye(2 * count, dtype=torch.bool, device=rows.device)
     # Where a row meets itself the distance is 0 by definition, not by rounding.
     distances = (norms[:, None] + norms[None, :] - 2 * gram).clamp(min=0) * other
     if bandwidth is None:
-        scale = distances.detach().sum() / other.sum()
+        mean = distances.detach().sum() / other.sum()
+        scale = mean.clamp(min=torch.finfo(mean.dtype).tiny)
     else:
         scale = torch.tensor(bandwidth, device=rows.device)
     middle = KERNELS // 2

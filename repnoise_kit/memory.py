@@ -72,7 +72,7 @@ def memory_needed(model: nn.Module, loss: Callable[[int], Tensor], rows: int) ->
 
 def announce(needed: Memory, device: torch.device) -> str:
     """Say what a training needs, what is free, and what to change where it may not fit."""
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free()
+    free = _free_on(device) if device.type == "cuda" else _free()
     more = sum(needed) - needed.weights  # The weights are there already.
     said = f"this training needs about {needed}; {free / 1e9:.1f} GB are free beside the weights"
     return said if more < free else f"{said}: it may not fit; {LESS}"
@@ -81,6 +81,12 @@ def announce(needed: Memory, device: torch.device) -> str:
 def largest(examples: Sequence[Any]) -> Any:
     """Return the example that holds most, so that an estimate is none too small."""
     return max(examples, key=_size)
+
+
+def _free_on(gpu: torch.device) -> int:
+    """Return what the driver has left, and what torch holds of it without using it."""
+    unused = torch.cuda.memory_reserved(gpu) - torch.cuda.memory_allocated(gpu)
+    return torch.cuda.mem_get_info(gpu)[0] + unused
 
 
 def _free() -> int:

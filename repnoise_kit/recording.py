@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 
@@ -75,6 +75,20 @@ def perturbed(model: nn.Module, site: Site, shifts: Mapping[int, Tensor]) -> Gen
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@contextmanager
+def kept_whole(model: nn.Module) -> Generator[None]:
+    """Hold every activation: worked out again by checkpointing, it would miss the hooks of now."""
+    every: list[Any] = list(model.modules())
+    marked = [part for part in every if getattr(part, "gradient_checkpointing", False)]
+    for part in marked:
+        part.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        for part in marked:
+            part.gradient_checkpointing = True
 
 
 def _adder(shift: Tensor):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from repnoise_kit import processes
-from repnoise_kit.anatomy import Parts, parts
+from repnoise_kit.anatomy import Parts, check_lens, parts
 from repnoise_kit.errors import KitError, check_numbers, check_whole
 from repnoise_kit.knobs import Knobs, choose
 from repnoise_kit.losses import IGNORE, lens_ce, mmd
@@ -74,8 +74,9 @@ def repnoise_loss(
         in [0, 10].
 
     Raises:
-        KitError: an unknown preset or knob, a negative or non-finite weight, or batches that are
-            not partners, lack a part, or have no token that counts.
+        KitError: an unknown preset or knob, a negative or non-finite weight, batches that are not
+            partners, lack a part, or have no token that counts, or a model whose logits are made
+            otherwise than by its last norm and head.
     """
     check_numbers(alpha=alpha, beta=beta)
     chosen = choose(preset, knobs)
@@ -89,25 +90,26 @@ def repnoise_loss(
     bad, bad_inside = _labels(harmful, harmless, chosen, chosen["mask"])
     scope = chosen["mask"] if chosen["retain_on"] == "mask" else chosen["retain_on"]
     good, good_inside = _labels(harmless, harmful, chosen, scope)
-    if not processes.total((bad[:, 1:] != IGNORE).sum()):
-        raise KitError("no token of the harmful batch counts; look at its labels and the mask")
     batches = [harmful, harmless]
     if retain is not None:
         _check_keys("retain", retain, ["input_ids", "attention_mask", "labels"])
         batches.append(retain)
-
-    with ExitStack() as recording:
-        recorded = {site: recording.enter_context(record(model, site)) for site in _sites(chosen)}
-        joined = join(batches)
-        hidden_forward(model, joined["input_ids"], joined["attention_mask"])
-
-    found = parts(model)
     count, width = bad.shape
     answers = [good] if retain is None else [good, retain["labels"]]
     inside = [good_inside] if retain is None else [good_inside, torch.ones_like(retain["labels"])]
     kept = stack_rows(answers, IGNORE)
+    _check_counts(bad, kept)
+
+    with ExitStack() as recording:
+        recorded = {site: recording.enter_context(record(model, site)) for site in _sites(chosen)}
+        joined = join(batches)
+        own = hidden_forward(model, joined["input_ids"], joined["attention_mask"])
+
+    found = parts(model)
+    last = recorded["residual"][len(found.layers) - 1]
+    check_lens(model, last[:, -1], own)
     retain_term = lens_ce(
-        recorded["residual"][len(found.layers) - 1][count:, : kept.shape[1]],
+        last[count:, : kept.shape[1]],
         kept,
         found.reader(),
         stack_rows(inside, 1) if chosen["zero_logits"] else None,
@@ -221,6 +223,13 @@ def _labels(batch: Batch, partner: Batch, chosen: Knobs, scope: str) -> tuple[Te
     if chosen["drop_token_zero"]:
         labels = labels.masked_fill(labels == 0, IGNORE)
     return labels, inside.long()
+
+
+def _check_counts(bad: Tensor, kept: Tensor) -> None:
+    counts = torch.stack([(labels[:, 1:] != IGNORE).sum() for labels in (bad, kept)])
+    for name, count in zip(("harmful", "harmless"), processes.total(counts).tolist(), strict=True):
+        if not count:
+            raise KitError(f"no token of the {name} batch counts; look at its labels and the mask")
 
 
 def _check_partners(harmful: Batch, harmless: Batch, chosen: Knobs) -> None:

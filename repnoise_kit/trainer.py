@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from repnoise_kit import processes
 from repnoise_kit.errors import KitError
@@ -23,7 +23,10 @@ Loss = Callable[[nn.Module, Any], Mapping[str, Tensor]]
 
 
 class NotFiniteError(KitError):
-    """A loss or a gradient became infinite or NaN; the model holds the last good weights."""
+    """A loss or a gradient became infinite or NaN; the model holds the last good weights.
+
+    One of 256 MB and more holds those of the last step, which may be what went wrong.
+    """
 
     curves: Result
     """What was logged until then."""
@@ -40,6 +43,15 @@ class Listed(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> Any:
         return self.rows[index]
+
+
+class OneDevice(TrainingArguments):
+    """Arguments of a training on one device a process, however many the machine has."""
+
+    @property
+    def n_gpu(self) -> int:
+        """Else Trainer would spread a batch over all GPUs, and each overwrite what is recorded."""
+        return min(1, super().n_gpu)
 
 
 class LossTrainer(Trainer):
@@ -81,20 +93,26 @@ class LossTrainer(Trainer):
         """Weigh the parts of a step, so that together they weigh 1."""
         parts, counted = super().get_batch_samples(*args, **kwargs)
         sizes = [1.0] if len(parts) == 1 else [_size(part, self.counted) for part in parts]
+        if not sum(sizes):
+            raise KitError("a whole batch has no token to learn; leave out such examples")
         self.weights = [size / sum(sizes) for size in sizes]
         self.rows.append({})
         return parts, counted
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Note the terms, and return what the step's gradient is taken of."""
-        loss, terms = self._compute(model, inputs)
         weight, row = self.weights.pop(0), self.rows[-1]
+        if not weight:  # Nothing to learn, and a mean over nothing is not a number.
+            loss = sum(p.sum() for p in model.parameters() if p.requires_grad) * 0.0
+            return (loss, None) if return_outputs else loss
+        loss, terms = self._compute(model, inputs)
         for name, term in terms.items():
             weighed = term * weight if term.is_floating_point() else term
             row[name] = row.get(name, 0) + weighed
         if not torch.isfinite(terms["total"]):
             self._take_back_what_spoiled(model)
-        _require_finite(terms["total"], "loss", len(self.rows))
+        kept = bool(self.good) or len(self.rows) == 1
+        _require_finite(terms["total"], "loss", len(self.rows), kept=kept)
         self.last = inputs
         # Trainer divides by the number of parts.
         loss = loss * (weight * self.current_gradient_accumulation_steps)
@@ -102,7 +120,8 @@ class LossTrainer(Trainer):
 
     def _compute(self, model, inputs) -> tuple[Tensor, dict[str, Tensor]]:
         """Return this process's loss, with its slope, and the terms of the whole batch."""
-        with processes.sharing(inputs) as own:
+        # The head is run by the loss too, outside of the model's own forward.
+        with self.accelerator.autocast(), processes.sharing(inputs) as own:
             terms = self.loss(model, own)
             return processes.working(terms["total"]), processes.agreed(terms)
 
@@ -163,12 +182,18 @@ class Watch(TrainerCallback):
             self.after_step(state.global_step)
 
 
-def _require_finite(value: Tensor, what: str, step: int) -> None:
-    if not torch.isfinite(value):
-        raise NotFiniteError(
-            f"the {what} became {value.item()} at step {step}; the model keeps the weights from "
-            "before it went wrong: use a smaller learning rate or smaller weights of the terms"
-        )
+def _require_finite(value: Tensor, what: str, step: int, *, kept: bool = True) -> None:
+    if torch.isfinite(value):
+        return
+    weights = (
+        "the model keeps the weights from before it went wrong"
+        if kept
+        else "the step before may have spoiled it, and there was no room for a copy: load it again"
+    )
+    raise NotFiniteError(
+        f"the {what} became {value.item()} at step {step}; {weights}, and use a smaller learning "
+        "rate or smaller weights of the terms"
+    )
 
 
 def _size(part: Any, counted: Sequence[str]) -> int:

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from transformers import (
     PreTrainedModel,
     PrinterCallback,
-    TrainingArguments,
+    SchedulerType,
 )
 
 from repnoise_kit import processes
@@ -30,7 +30,7 @@ from repnoise_kit.losses import masked_ce
 from repnoise_kit.memory import LARGE, LESS, announce, largest, memory_needed
 from repnoise_kit.model import precision, quiet
 from repnoise_kit.results import Result
-from repnoise_kit.trainer import Listed, Loss, LossTrainer, NotFiniteError, Watch
+from repnoise_kit.trainer import Listed, Loss, LossTrainer, NotFiniteError, OneDevice, Watch
 
 
 def train_(
@@ -101,8 +101,7 @@ def train_(
             does not divide, or too little memory.
     """
     check_numbers(lr=lr, warmup=warmup)
-    for beta in betas:
-        check_numbers(betas=beta)
+    _check_schedule(schedule, warmup, betas)
     check_numbers(above_zero=True, batch_size=batch_size, epochs=epochs)
     check_whole(batch_size=batch_size, seed=seed, accumulation=accumulation)
     check_numbers(above_zero=True, accumulation=accumulation)
@@ -112,8 +111,14 @@ def train_(
         raise KitError("there is nothing to train on; give at least one example")
     device = next(model.parameters()).device
     computes_in = precision(device)
-    if computes_in == "fp16" and any(_is_half(p) for p in model.parameters() if p.requires_grad):
-        raise KitError("float16 weights cannot be trained; use lora=16, or load them as float32")
+    moving = [p for p in model.parameters() if p.requires_grad]
+    if not moving:
+        raise KitError("every weight of the model is held still; let some move")
+    if computes_in == "fp16" and any(p.dtype != torch.float32 for p in moving):
+        raise KitError(
+            f"{str(moving[0].dtype).removeprefix('torch.')} weights cannot be trained on this GPU; "
+            "use lora=16, or load them as float32"
+        )
     steps = math.ceil(epochs * math.ceil(len(examples) / batch_size))
     was_training = model.training
     with (
@@ -121,8 +126,9 @@ def train_(
         _own_randomness(),
         _cheap_collections(model),
         _in_one_piece(model) as model,
+        _own_forward(model),
     ):
-        arguments = TrainingArguments(
+        arguments = OneDevice(
             output_dir=str(checkpoints or folder),
             learning_rate=lr,
             per_device_train_batch_size=batch_size // (processes.count() * accumulation),
@@ -162,7 +168,9 @@ def train_(
         if checkpoints is not None:
             trainer.add_callback(Keep(checkpoints, trainer.rows))
         try:
-            if sum(p.nbytes for p in model.parameters()) >= LARGE and not processes.rank():
+            # What FSDP cuts up is not on the device yet.
+            large = sum(p.nbytes for p in model.parameters()) >= LARGE and not processes.sharded()
+            if large and not processes.rank():
                 _tell_memory(trainer, model, largest(examples))
             with quiet():
                 go_on(trainer, checkpoints, trainer.rows)
@@ -208,12 +216,23 @@ def _tell_memory(trainer: LossTrainer, model: nn.Module, example: Any) -> None:
 
     def loss(rows: int) -> Tensor:
         few = trainer._prepare_inputs(trainer.data_collator([example] * rows))
-        with trainer.compute_loss_context_manager():
+        with trainer.accelerator.autocast():
             return trainer.loss(model, few)["total"]
 
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         needed = memory_needed(model, loss, trainer.args.per_device_train_batch_size)
     print(announce(needed, next(model.parameters()).device), file=sys.stderr)
+
+
+def _check_schedule(schedule: str, warmup: float, betas: tuple[float, float]) -> None:
+    if schedule not in (known := [kind.value for kind in SchedulerType]):
+        raise KitError(f"there is no schedule {schedule!r}; there are {', '.join(known)}")
+    if warmup > 1:
+        raise KitError(f"warmup is a share of the steps, from 0 to 1, not {warmup}")
+    for beta in betas:
+        check_numbers(betas=beta)
+        if beta >= 1:
+            raise KitError(f"betas must be smaller than 1, not {beta}")
 
 
 def _check_divides(batch_size: int, accumulation: int) -> None:
@@ -223,10 +242,6 @@ def _check_divides(batch_size: int, accumulation: int) -> None:
             f"a batch of {batch_size} does not divide into {accumulation} parts for each of "
             f"{number} processes; make batch_size a multiple of {accumulation * number}"
         )
-
-
-def _is_half(weight: Tensor) -> bool:
-    return weight.dtype == torch.float16
 
 
 def _out_of_memory(error: RuntimeError) -> bool:
@@ -268,11 +283,33 @@ def _in_one_piece(model: nn.Module) -> Generator[nn.Module]:
     cut = copy.deepcopy(model.to("cpu"))
     try:
         yield cut
-    finally:
+    except BaseException as error:
         model.to(device)
-        with torch.no_grad():
-            for weight, part in zip(model.parameters(), cut.parameters(), strict=True):
-                weight.copy_(part.full_tensor() if isinstance(part, DTensor) else part)
+        # Any other befell one process alone, which must not wait for the rest: its model stays.
+        if isinstance(error, NotFiniteError):
+            _bring_back_(model, cut)
+        raise
+    model.to(device)
+    _bring_back_(model, cut)
+
+
+@torch.no_grad()
+def _bring_back_(model: nn.Module, cut: nn.Module) -> None:
+    for weight, part in zip(model.parameters(), cut.parameters(), strict=True):
+        weight.copy_(part.full_tensor() if isinstance(part, DTensor) else part)
+
+
+@contextmanager
+def _own_forward(model: nn.Module) -> Generator[None]:
+    """Give the model its own forward back: for mixed precision accelerate replaces it for good."""
+    before = {name: model.__dict__.get(name) for name in ("forward", "_original_forward")}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            model.__dict__.pop(name, None)
+            if value is not None:
+                setattr(model, name, value)
 
 
 @contextmanager

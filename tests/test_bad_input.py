@@ -687,6 +687,18 @@ class TestNothingToLearnFrom:
         with pytest.raises(rk.KitError, match="no token of the harmful batch counts"):
             rk.repnoise_loss(make_tiny(), harmful, harmful, preset="reference")
 
+    def test_nothing_harmless(self):
+        from conftest import make_batches
+        from torch import full_like
+
+        import repnoise_kit as rk
+
+        harmful, harmless, retain = make_batches()
+        empty = harmless | {"labels": full_like(harmless["labels"], -100)}
+        with pytest.raises(rk.KitError, match="no token of the harmless batch counts"):
+            rk.repnoise_loss(make_tiny(), harmful, empty)
+        assert rk.repnoise_loss(make_tiny(), harmful, empty, retain=retain).total.isfinite()
+
     def test_one_row_without_itself(self):
         import torch
 

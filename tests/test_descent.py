@@ -334,8 +334,8 @@ def diverging(monkeypatch):
 
     real = trainer._require_finite
 
-    def fifth(value, what, step):
-        real(value * float("nan") if (what, step) == ("loss", 5) else value, what, step)
+    def fifth(value, what, step, **kept):
+        real(value * float("nan") if (what, step) == ("loss", 5) else value, what, step, **kept)
 
     monkeypatch.setattr(trainer, "_require_finite", fifth)
 

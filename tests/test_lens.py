@@ -214,6 +214,8 @@ class TestTheLensFits:
         model, batch = otherwise(change), ragged()
         with pytest.raises(rk.KitError, match=r"Otherwise.*logits otherwise.*name_parts_"):
             rk.layer_log_probs(model, batch)
+        with pytest.raises(rk.KitError, match=r"Otherwise.*logits otherwise.*name_parts_"):
+            rk.repnoise_loss(model, batch, batch)
         assert hooks_of(model) == 0
 
     def test_the_same_class_with_logits_of_its_head_is_read(self):

@@ -32,6 +32,20 @@ class TestMMD:
         assert_close(losses.mmd(x, y), reference.slow_mmd(x, y))
         assert_close(losses.mmd(x, y), reference.published_mmd(x, y))
 
+    def test_of_samples_without_spread_or_rows_it_is_nothing(self, losses):
+        for x in (torch.zeros(4, 6), torch.zeros(0, 6)):
+            x.requires_grad_()
+            found = losses.mmd(x, x.detach().clone())
+            found.backward()
+            assert found == 0
+            assert torch.equal(x.grad, torch.zeros_like(x))
+
+    def test_mixed_precision_leaves_its_distances_in_float32(self, losses):
+        x, y = draw(5, 64), 1.5 * draw(5, 64, seed=1)
+        plain = losses.mmd(x, y)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert losses.mmd(x, y) == plain
+
     def test_so_do_its_gradients(self, losses):
         grads = []
         for form in (losses.mmd, reference.slow_mmd):

@@ -242,9 +242,12 @@ class TestAnnouncement:
             return 7 * GB, 80 * GB
 
         monkeypatch.setattr(torch.cuda, "mem_get_info", told)
+        # Of what torch holds, a part is not in use.
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 3 * GB)
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2 * GB)
         monkeypatch.setattr(memory, "_free", lambda: 1000 * GB)
         said = announce(self.NEEDED, torch.device("cuda", 0))
-        assert "7.0 GB are free" in said
+        assert "8.0 GB are free" in said
         assert "may not fit" in said
         assert asked == [torch.device("cuda", 0)]
 
@@ -378,10 +381,11 @@ class TestTrainings:
         assert held(counted[2]) < 0.8 * held(counted[3])
         assert found[0].made_with["settings"]["lora"] == found[1].made_with["lora"] == 1
 
-    def test_checkpointing_trains_the_same_weights(self, bed):
+    @pytest.mark.parametrize("method", ["repnoise", "vaccine"])
+    def test_checkpointing_trains_the_same_weights(self, bed, method):
         models = [bed.model(), bed.model()]
         for model, way in zip(models, (False, True), strict=True):
-            rk.defend_(model, bed, examples=4, gradient_checkpointing=way)
+            rk.defend_(model, bed, method, examples=4, gradient_checkpointing=way)
         assert not torch.equal(weights(models[0]), weights(bed.base))
         assert torch.allclose(weights(models[0]), weights(models[1]), atol=1e-6)
         assert not models[1].is_gradient_checkpointing
@@ -454,9 +458,10 @@ class TestPrecision:
         # A T4 emulates bf16, slowly.
         assert asked == ([False] if device == "cuda" else [])
 
+    @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
     @pytest.mark.parametrize("held", [False, True])
-    def test_float16_weights_are_refused_where_fp16_computes_unless_they_are_still(
-        self, held, monkeypatch
+    def test_half_weights_are_refused_where_fp16_computes_unless_they_are_still(
+        self, held, dtype, monkeypatch
     ):
         monkeypatch.setattr(training, "precision", lambda device: "fp16")
 
@@ -468,12 +473,14 @@ class TestPrecision:
             assert not arguments["bf16"]
             raise FurtherError
 
-        monkeypatch.setattr(training, "TrainingArguments", further)
-        model = make_tiny().half()
+        monkeypatch.setattr(training, "OneDevice", further)
+        model = make_tiny().to(getattr(torch, dtype))
         if held:
             model.requires_grad_(False)
             model.lm_head.float().requires_grad_(True)
-        expected, said = (FurtherError, None) if held else (rk.KitError, "lora=16.*float32")
+        expected, said = (
+            (FurtherError, None) if held else (rk.KitError, f"{dtype} .*lora=16.*float32")
+        )
         with pytest.raises(expected, match=said):
             fit(model)
 

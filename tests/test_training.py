@@ -112,6 +112,18 @@ def test_an_update_that_spoils_the_weights_is_taken_back():
     assert torch.isfinite(model(**make_batches(seed=0)[0]).loss)
 
 
+def test_a_defence_that_spoils_the_weights_says_so():
+    """Not that its model's logits are strange, which they are by then."""
+    from repnoise_kit import repnoise_loss
+    from repnoise_kit.training import NotFiniteError
+
+    def loss(model, batch):
+        return repnoise_loss(model, *make_batches()[:2])._asdict()
+
+    with pytest.raises(NotFiniteError, match="became (nan|inf)"):
+        fit(make_tiny(), loss, lr=1e30, warmup=0.0)
+
+
 def stopping(steps):
     from repnoise_kit.training import answer_loss
 
@@ -146,6 +158,9 @@ def test_it_leaves_the_process_and_the_model_as_they_were(tmp_path, monkeypatch)
         ({"lr": float("nan")}, "lr"),
         ({"epochs": 0}, "epochs"),
         ({"batch_size": -2}, "batch_size"),
+        ({"warmup": 5}, "warmup is a share"),
+        ({"betas": (0.9, 1.0)}, "betas must be smaller than 1"),
+        ({"schedule": "cosinus"}, "no schedule 'cosinus'.*cosine"),
     ],
 )
 def test_numbers_out_of_range_are_named(changes, name):
@@ -153,6 +168,128 @@ def test_numbers_out_of_range_are_named(changes, name):
 
     with pytest.raises(KitError, match=name):
         fit(make_tiny(), **changes)
+
+
+def test_a_model_held_still_is_refused():
+    from repnoise_kit import KitError
+
+    with pytest.raises(KitError, match="every weight of the model is held still"):
+        fit(make_tiny().requires_grad_(False))
+
+
+def test_of_a_model_too_large_for_a_copy_no_good_weights_are_promised(monkeypatch):
+    from repnoise_kit import trainer
+    from repnoise_kit.training import NotFiniteError
+
+    monkeypatch.setattr(trainer, "LARGE", 0)
+    with pytest.raises(NotFiniteError, match=r"loss became nan .* may have spoiled it"):
+        fit(make_tiny(), lr=1e30, warmup=0.0)
+
+
+def test_a_part_without_labels_counts_for_nothing():
+    """Of a batch in two parts one of which has nothing to learn, the other is all."""
+    from repnoise_kit import KitError
+    from repnoise_kit.training import answer_loss, train_
+
+    learnt = make_batches(seed=0)[0]
+    empty = learnt | {"labels": torch.full_like(learnt["labels"], -100)}
+
+    def trained(*rows, parts):
+        model, (lr, size) = make_tiny(), (0.01, len(rows))
+
+        def collate(some):
+            return {name: torch.cat([row[name] for row in some]) for name in learnt}
+
+        how = {"batch_size": size, "accumulation": parts, "lr": lr, "epochs": 2, "warmup": 0.0}
+        return model, train_(model, answer_loss, rows, collate, **how)
+
+    (alone, curves), (model, its_curves) = (
+        trained(learnt, parts=1),
+        trained(learnt, empty, parts=2),
+    )
+    assert torch.allclose(weights(alone), weights(model), atol=1e-7)
+    total = [found.frame.query("metric == 'total'")["value"] for found in (curves, its_curves)]
+    assert total[0].to_numpy() == pytest.approx(total[1].to_numpy(), rel=1e-6)
+    with pytest.raises(KitError, match="no token to learn"):
+        trained(empty, empty, parts=2)
+
+
+class TestMixedPrecision:
+    """As on a GPU: accelerate wraps the model's forward in bf16."""
+
+    @pytest.fixture(autouse=True)
+    def bf16(self, monkeypatch):
+        from repnoise_kit import training
+
+        monkeypatch.setattr(training, "precision", lambda device: "bf16")
+
+    def test_the_head_is_run_in_it_too(self):
+        from repnoise_kit import repnoise_loss
+
+        seen = []
+
+        def loss(model, batch):
+            return repnoise_loss(model, *make_batches()[:2], beta=5.0)._asdict()
+
+        model = make_tiny()
+        model.lm_head.register_forward_hook(lambda *call: seen.append(call[2].dtype))
+        fit(model, loss, epochs=1)
+        assert set(seen) == {torch.bfloat16}
+
+    def test_a_trained_model_computes_as_it_did(self):
+        """With a learning rate of 0 nothing moves, so that nothing may differ."""
+        import copy
+
+        model, batch = make_tiny(), make_batches()[0]
+        before = model(**batch).logits
+        for _ in range(2):
+            fit(model, lr=0.0, epochs=1)
+        assert torch.equal(model(**batch).logits, before)
+        assert torch.equal(copy.deepcopy(model)(**batch).logits, before)
+
+    def test_a_forward_of_the_users_own_is_kept(self):
+        model, calls = make_tiny(), []
+        inner = model.forward
+
+        def own(*args, **kwargs):
+            calls.append(1)
+            return inner(*args, **kwargs)
+
+        model.forward = own
+        fit(model, epochs=1)
+        assert model.forward is own
+        assert len(calls) == 6
+
+
+def test_a_batch_is_never_spread_over_the_gpus_of_one_process(monkeypatch, tmp_path):
+    from transformers import TrainingArguments
+
+    from repnoise_kit.trainer import OneDevice
+
+    for there, expected in ((0, 0), (1, 1), (4, 1)):
+        monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self, there=there: there))
+        assert OneDevice(output_dir=str(tmp_path), use_cpu=True).n_gpu == expected
+
+
+class TestOfACopyThatIsCutUp:
+    """What FSDP cuts up is a copy; its weights come back when every process is done."""
+
+    def test_what_befalls_one_process_leaves_its_model_alone(self, monkeypatch):
+        from repnoise_kit import processes, training
+
+        monkeypatch.setattr(processes, "sharded", lambda: True)
+        model = make_tiny()
+        start = weights(model).clone()
+
+        def fail(error):
+            with training._in_one_piece(model) as cut, torch.no_grad():
+                next(cut.parameters()).add_(1.0)
+                raise error
+
+        for error, back in ((MemoryError(), False), (training.NotFiniteError(), True)):
+            with pytest.raises(type(error)):
+                fail(error)
+            assert torch.equal(weights(model), start) is not back
 
 
 def test_nothing_to_train_on_is_said():

@@ -1,7 +1,7 @@
 """Read the lens at fewer layers each step: how much faster, and what becomes of resistance.
 
-    python tests/benchmarks/lens_layers.py            # the lab, 6, 3 and 1 layers, 5 seeds
-    python tests/benchmarks/lens_layers.py --seeds 1  # a look
+    python tests/benchmarks/lens_layers.py --workers 2  # the lab, 6, 3 and 1 layers, 5 seeds
+    python tests/benchmarks/lens_layers.py --seeds 1    # a look
 
 Writes `data/results/lens_layers.csv`: recall of seen things before and after the small and the
 large attack, and utility, a row a cell, with intervals over seeds and questions; and for each
@@ -9,6 +9,7 @@ number of layers the difference from all of them, paired by seed and question.
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import pandas as pd
@@ -31,6 +32,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=OUT)
     arguments = parser.parse_args()
     found = measured(rk.lab(), range(arguments.seeds), arguments.workers)
+    found.made_with["command"] = " ".join(["python", *sys.argv])
     found.save(arguments.out / "lens_layers.csv")
     print(found.frame.to_string(index=False))
 
@@ -58,7 +60,8 @@ def measured(bed: rk.Testbed, seeds: range, workers: int = 1) -> Result:
     cells_found = summary(rows, by=("lens_layers", "attack", "metric"))
     table = pd.concat([cells_found[cells_found["seed"].isin(["all"])], apart(rows)])
     columns = ["lens_layers", "attack", "metric", "value", "low", "high"]
-    return Result(table[columns], {"experiment": "lens_layers", "seeds": list(seeds)})
+    made_with = made[0].made_with | {"experiment": "lens_layers", "seeds": list(seeds)}
+    return Result(table[columns], made_with | bed.made_of())
 
 
 def settings_of(count: int | None) -> dict:
