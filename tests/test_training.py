@@ -120,7 +120,7 @@ def test_a_defence_that_spoils_the_weights_says_so():
     def loss(model, batch):
         return repnoise_loss(model, *make_batches()[:2])._asdict()
 
-    with pytest.raises(NotFiniteError, match="became (nan|inf)"):
+    with pytest.raises(NotFiniteError, match=r"became (nan|inf)"):
         fit(make_tiny(), loss, lr=1e30, warmup=0.0)
 
 
