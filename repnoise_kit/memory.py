@@ -1,7 +1,7 @@
 """What a training will hold in memory, told before it begins."""
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import psutil
@@ -94,7 +94,9 @@ def _free() -> int:
 
 
 def _size(example: Any) -> int:
-    if isinstance(example, dict):
+    if isinstance(example, Tensor):
+        return example.numel()
+    if isinstance(example, Mapping):
         return sum(_size(value) for value in example.values())
     if isinstance(example, list | tuple):
         return (

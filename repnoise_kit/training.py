@@ -20,7 +20,6 @@ from torch.distributed.tensor import DTensor
 from transformers import (
     PreTrainedModel,
     PrinterCallback,
-    SchedulerType,
 )
 
 from repnoise_kit import processes
@@ -31,6 +30,9 @@ from repnoise_kit.memory import LARGE, LESS, announce, largest, memory_needed
 from repnoise_kit.model import precision, quiet
 from repnoise_kit.results import Result
 from repnoise_kit.trainer import Listed, Loss, LossTrainer, NotFiniteError, OneDevice, Watch
+
+SCHEDULES = ("cosine", "constant", "linear", "polynomial", "cosine_with_restarts", "inverse_sqrt")
+"""Of the learning rate: those of `transformers` that need nothing but a warmup."""
 
 
 def train_(
@@ -72,7 +74,7 @@ def train_(
         lr: Peak learning rate.
         batch_size: Examples a step, over all processes.
         epochs: Passes over the examples; a fraction is a part of one.
-        schedule: `"cosine"`, `"constant"` or another name that `transformers` knows.
+        schedule: One of `SCHEDULES`: `"cosine"`, `"constant"`, …
         warmup: Share of the steps over which the learning rate rises from zero.
         betas: Adam's memories of the gradient and of its square.
         seed: Draws the order, the noise and everything else random.
@@ -121,6 +123,7 @@ def train_(
         )
     steps = math.ceil(epochs * math.ceil(len(examples) / batch_size))
     was_training = model.training
+    checkpointed = getattr(model, "is_gradient_checkpointing", False)
     with (
         tempfile.TemporaryDirectory() as folder,
         _own_randomness(),
@@ -184,7 +187,7 @@ def train_(
         finally:
             watch.bar.close()
             model.zero_grad(set_to_none=True)
-            if gradient_checkpointing:
+            if gradient_checkpointing and not checkpointed:
                 cast("PreTrainedModel", model).gradient_checkpointing_disable()
             model.train(was_training)
     if checkpoints is not None and not processes.rank():
@@ -225,8 +228,8 @@ def _tell_memory(trainer: LossTrainer, model: nn.Module, example: Any) -> None:
 
 
 def _check_schedule(schedule: str, warmup: float, betas: tuple[float, float]) -> None:
-    if schedule not in (known := [kind.value for kind in SchedulerType]):
-        raise KitError(f"there is no schedule {schedule!r}; there are {', '.join(known)}")
+    if schedule not in SCHEDULES:
+        raise KitError(f"there is no schedule {schedule!r}; there are {', '.join(SCHEDULES)}")
     if warmup > 1:
         raise KitError(f"warmup is a share of the steps, from 0 to 1, not {warmup}")
     for beta in betas:

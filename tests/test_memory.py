@@ -264,6 +264,8 @@ class TestAnnouncement:
         # Of several sides all together count.
         pairs = [(row(9), row(1)), (row(6), row(6)), (row(2), row(9))]
         assert largest(pairs) == pairs[1]
+        tensors = [{"input_ids": torch.zeros(1, length)} for length in (3, 9, 5)]
+        assert largest(tensors) is tensors[1]
 
 
 def fit(model, loss=answer_loss, **changes):

@@ -170,6 +170,28 @@ def test_numbers_out_of_range_are_named(changes, name):
         fit(make_tiny(), **changes)
 
 
+def test_every_schedule_that_is_named_trains():
+    from repnoise_kit.training import SCHEDULES
+
+    rates = {
+        name: tuple(
+            fit(make_tiny(), schedule=name, epochs=1).frame.query("metric == 'lr'")["value"]
+        )
+        for name in SCHEDULES
+    }
+    assert all(max(found) > 0 for found in rates.values())
+    assert len(set(rates.values())) >= len(SCHEDULES) - 1  # One restart is none.
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_checkpointing_of_the_users_own_stays(before):
+    model = make_tiny()
+    if before:
+        model.gradient_checkpointing_enable()
+    fit(model, epochs=1, gradient_checkpointing=True)
+    assert model.is_gradient_checkpointing is before
+
+
 def test_a_model_held_still_is_refused():
     from repnoise_kit import KitError
 
