@@ -95,15 +95,17 @@ class LossTrainer(Trainer):
         sizes = [1.0] if len(parts) == 1 else [_size(part, self.counted) for part in parts]
         if not sum(sizes):
             raise KitError("a whole batch has no token to learn; leave out such examples")
-        self.weights = [size / sum(sizes) for size in sizes]
+        # Those without weight first: the last part is the one at which processes meet.
+        order = sorted(range(len(parts)), key=lambda at: sizes[at] > 0)
+        self.weights = [sizes[at] / sum(sizes) for at in order]
         self.rows.append({})
-        return parts, counted
+        return [parts[at] for at in order], counted
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Note the terms, and return what the step's gradient is taken of."""
         weight, row = self.weights.pop(0), self.rows[-1]
         if not weight:  # Nothing to learn, and a mean over nothing is not a number.
-            loss = sum(p.sum() for p in model.parameters() if p.requires_grad) * 0.0
+            loss = torch.zeros((), device=self.args.device, requires_grad=True)
             return (loss, None) if return_outputs else loss
         loss, terms = self._compute(model, inputs)
         for name, term in terms.items():

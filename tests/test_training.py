@@ -225,13 +225,12 @@ def test_a_part_without_labels_counts_for_nothing():
         how = {"batch_size": size, "accumulation": parts, "lr": lr, "epochs": 2, "warmup": 0.0}
         return model, train_(model, answer_loss, rows, collate, **how)
 
-    (alone, curves), (model, its_curves) = (
-        trained(learnt, parts=1),
-        trained(learnt, empty, parts=2),
-    )
-    assert torch.allclose(weights(alone), weights(model), atol=1e-7)
-    total = [found.frame.query("metric == 'total'")["value"] for found in (curves, its_curves)]
-    assert total[0].to_numpy() == pytest.approx(total[1].to_numpy(), rel=1e-6)
+    alone, curves = trained(learnt, parts=1)
+    for rows in ((learnt, empty), (empty, learnt, empty)):
+        model, its_curves = trained(*rows, parts=len(rows))
+        assert torch.allclose(weights(alone), weights(model), atol=1e-7)
+        total = [found.frame.query("metric == 'total'")["value"] for found in (curves, its_curves)]
+        assert total[0].to_numpy() == pytest.approx(total[1].to_numpy(), rel=1e-6)
     with pytest.raises(KitError, match="no token to learn"):
         trained(empty, empty, parts=2)
 
