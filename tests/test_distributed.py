@@ -125,6 +125,7 @@ def test_two_processes_are_one(two, alone, bed, name):
     assert two[0][name][1].equals(two[1][name][1])
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 7), reason="torch 2.6 cuts up models on GPUs only")
 @pytest.mark.parametrize("name", CUT_UP)
 def test_two_processes_with_half_a_model_each_are_one(cut_up, alone, bed, name):
     weights, curves = alone(name)
