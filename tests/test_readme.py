@@ -213,3 +213,54 @@ def test_its_own_data_and_budgets_run(tmp_path):
     names = {"STORE": tmp_path / "store"}
     exec(code, names)
     assert (tmp_path / "defended" / "README.md").exists()
+
+
+def short(value):
+    """`.56`, `23`, `7.3`."""
+    return f"{value:.2f}".removeprefix("0") if value < 1 else f"{value:.0f}"
+
+
+def rows_of_loss():
+    """The README's table of a step's cost, made from `data/results/loss_cpu.csv`."""
+    import repnoise_kit as rk
+
+    cells = rk.Result.load(ROOT / "data" / "results" / "loss_cpu.csv").frame.set_index("form")
+    for form, name in (
+        ("plain step", "plain fine-tuning"),
+        ("published", "RepNoise, published form"),
+        ("paper", "RepNoise, ours (`paper`)"),
+        ("reference", "RepNoise, ours (`reference`)"),
+    ):
+        row = cells.loc[form]
+        time, memory = (short(row[f"{what} of published"]) for what in ("seconds", "peak"))
+        yield f"| {name} | {row['seconds']:.0f} | {time} | {row['peak']:.1f} GB | {memory} |"
+
+
+@pytest.mark.parametrize("row", rows_of_loss())
+def test_the_cost_of_a_step_is_the_measured_one(row):
+    assert row in README
+
+
+def test_the_cost_of_a_step_is_what_was_promised():
+    import repnoise_kit as rk
+
+    cells = rk.Result.load(ROOT / "data" / "results" / "loss_cpu.csv").frame.set_index("form")
+    for form in ("paper", "reference"):
+        assert cells.loc[form, "seconds of published"] <= 0.65
+        assert cells.loc[form, "peak of published"] <= 0.55
+    assert cells.loc["growth", "growth"] < 1e-3
+    times = 1 / cells["efficiency"]
+    assert times[["paper", "published"]].round(1).tolist() == [1.1, 2.0]
+
+
+@pytest.mark.parametrize("metric", ["recall", "utility"])
+def test_fewer_layers_change_what_it_says(metric):
+    import repnoise_kit as rk
+
+    frame = rk.Result.load(ROOT / "data" / "results" / "lens_layers.csv").frame
+    cells = frame[(frame["attack"] == "large") & (frame["metric"] == metric)]
+    for count in (3, 1):
+        (row,) = cells[cells["lens_layers"] == f"{count} - all"].to_dict("records")
+        assert row["low"] < 0 < row["high"]
+        said = [f"{row[name]:.2f}".replace("0.", ".") for name in ("value", "low", "high")]
+        assert "{} [{}, {}]".format(*said) in README
