@@ -190,7 +190,7 @@ def _require_finite(value: Tensor, what: str, step: int, *, kept: bool = True) -
     weights = (
         "the model keeps the weights from before it went wrong"
         if kept
-        else "the step before may have spoiled it, and there was no room for a copy: load it again"
+        else "the step before may have spoiled it, and there is no copy from before: load it again"
     )
     raise NotFiniteError(
         f"the {what} became {value.item()} at step {step}; {weights}, and use a smaller learning "

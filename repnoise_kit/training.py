@@ -116,10 +116,11 @@ def train_(
     moving = [p for p in model.parameters() if p.requires_grad]
     if not moving:
         raise KitError("every weight of the model is held still; let some move")
-    if computes_in == "fp16" and any(p.dtype != torch.float32 for p in moving):
+    half = [str(p.dtype) for p in moving if p.dtype != torch.float32]
+    if computes_in == "fp16" and half:
         raise KitError(
-            f"{str(moving[0].dtype).removeprefix('torch.')} weights cannot be trained on this GPU; "
-            "use lora=16, or load them as float32"
+            f"{half[0].removeprefix('torch.')} weights cannot be trained on this GPU; use lora=16, "
+            "or load them as float32"
         )
     steps = math.ceil(epochs * math.ceil(len(examples) / batch_size))
     was_training = model.training

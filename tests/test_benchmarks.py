@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+from small import own_files
 
 import repnoise_kit as rk
 
@@ -17,12 +18,16 @@ BENCHMARKS = Path(__file__).parent / "benchmarks"
 TINY = ["--layers=2", "--width=32", "--vocab=200", "--pairs=2", "--tokens", "12", "16", "--steps=1"]
 
 
-@pytest.fixture(scope="module")
-def loss():
-    spec = importlib.util.spec_from_file_location("loss_benchmark", BENCHMARKS / "loss.py")
+def loaded(name):
+    spec = importlib.util.spec_from_file_location(f"{name}_benchmark", BENCHMARKS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def loss():
+    return loaded("loss")
 
 
 def test_a_form_is_measured_in_a_process_of_its_own():
@@ -123,6 +128,28 @@ def test_the_shape_of_the_paper_is_llamas(loss):
 
 
 SHAPES = ["many words", "many layers", "checkpointing", "low rank", "defence, many words"]
+
+
+def test_the_lab_benchmark_takes_the_same_steps_bare(tmp_path, monkeypatch, capsys, one_thread):
+    own, lab = own_files(tmp_path), loaded("lab")
+    bed = rk.testbed(own / "model", own / "pairs.json", retain=own / "retain.json", budget="lab")
+    monkeypatch.setattr(lab, "SIZE", 1)
+    monkeypatch.setattr(lab, "EXAMPLES", 2)
+    monkeypatch.setattr(lab, "SETTINGS", lab.SETTINGS | {"batch_size": 1, "examples": 2})
+    monkeypatch.setattr(rk, "lab", lambda: bed, raising=False)
+    monkeypatch.setattr(sys, "argv", ["lab.py", "--times=1"])
+    lab.main()
+    head, *rows = (line.split() for line in capsys.readouterr().out.splitlines())
+    assert head[-1] == "products"
+    assert [row[0] for row in rows] == ["attack", "defence"]
+    for _, ours, bare, ratio, share in rows:
+        assert float(ours) / float(bare) == pytest.approx(float(ratio), abs=0.1)
+        assert 0 < int(share.rstrip("%")) < 100
+    for steps in (lab.attack_steps(bed), lab.defence_steps(bed)):
+        model, before = bed.model(), bed.base.lm_head.weight
+        lab.run(*steps, model)
+        assert len(steps[1]) == 2
+        assert not model.lm_head.weight.equal(before)
 
 
 def test_what_a_training_is_said_to_need_is_what_it_takes():

@@ -230,6 +230,12 @@ class TestTheLensFits:
         wanted = batch["input_ids"][0, 3:9, None]
         assert found[-1, 0].item() == pytest.approx(spread.gather(-1, wanted).mean().item())
 
+    def test_a_spoiled_model_is_not_read(self):
+        model = make_tiny()
+        model.lm_head.weight.data.fill_(float("nan"))
+        with pytest.raises(rk.KitError, match="logits otherwise"):
+            rk.layer_log_probs(model, ragged())
+
     # One sequence of a batch is enough.
     def test_it_looks_at_every_sequence(self):
         scales = torch.tensor([1.0, 1.0, 2.0, 1.0])[:, None, None]

@@ -486,6 +486,13 @@ class TestPrecision:
         with pytest.raises(expected, match=said):
             fit(model)
 
+    def test_where_precisions_are_mixed_the_one_in_the_way_is_named(self, monkeypatch):
+        monkeypatch.setattr(training, "precision", lambda device: "fp16")
+        model = make_tiny()
+        model.lm_head.bfloat16()
+        with pytest.raises(rk.KitError, match="bfloat16 weights cannot"):
+            fit(model)
+
     @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
     def test_a_testbeds_models_have_its_dtype(self, own, dtype):
         bed = rk.testbed(own / "model", own / "pairs.json", dtype=dtype, budget="lab")
