@@ -152,6 +152,7 @@ _OWN = (
     "prompt_format",
     "lora",
     "gradient_checkpointing",
+    "accumulation",
     "revision",
 )
 
@@ -229,6 +230,9 @@ def _parser() -> argparse.ArgumentParser:
     beds.add_argument("--prompt-format", help="plain (the paper's, the default), or chat")
     beds.add_argument("--lora", type=_count, metavar="RANK", help="train a low-rank change only")
     beds.add_argument("--gradient-checkpointing", action="store_true", help="for less memory")
+    beds.add_argument(
+        "--accumulation", type=_count, metavar="PARTS", help="of a batch, for less memory"
+    )
     beds.add_argument("--revision", help="of a model on the hub")
 
     def command(name: str, run: Callable, *parents: _Parser) -> Any:

@@ -32,7 +32,7 @@ def attack_(
     relearn: bool = False,
     lora: int | None = None,
     gradient_checkpointing: bool | None = None,
-    accumulation: int = 1,
+    accumulation: int | None = None,
     seed: int = 0,
     progress: str | None = None,
     after_step: Callable[[int], None] | None = None,
@@ -81,6 +81,7 @@ def attack_(
     lora = start.get("lora") if lora is None else lora
     if gradient_checkpointing is None:
         gradient_checkpointing = start.get("gradient_checkpointing", False)
+    accumulation = start.get("accumulation", 1) if accumulation is None else accumulation
     if pairs is not None:
         check_apart(pairs.frame, bed.evaluated(), "the attack", "the evaluation")
     given = bed.splits.attack if pairs is None else pairs

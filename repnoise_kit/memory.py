@@ -17,8 +17,8 @@ FEW = 2
 """Rows that are counted, and one more: what they differ by is what each further row needs."""
 
 LESS = (
-    "use lora=16, gradient_checkpointing=True, a smaller max_length or a smaller batch_size with "
-    "accumulation, in this order"
+    "use lora=16, gradient_checkpointing=True, a smaller max_length or accumulation=2 (a batch in "
+    "two parts) or more, in this order"
 )
 
 

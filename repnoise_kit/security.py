@@ -33,6 +33,8 @@ def security_vectors_(
     epochs: float = 1,
     max_length: int = 256,
     rank: int = 8,
+    gradient_checkpointing: bool = False,
+    accumulation: int = 1,
 ) -> Result:
     """Train security vectors: a LoRA that has already learned the harm (Table 1, Appendix B).
 
@@ -61,6 +63,8 @@ def security_vectors_(
             lr=lr,
             batch_size=batch_size,
             epochs=epochs,
+            gradient_checkpointing=gradient_checkpointing,
+            accumulation=accumulation,
             seed=seed,
             progress=progress,
         )

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from repnoise_kit.errors import KitError, check_numbers, check_whole
 from repnoise_kit.splits import Splits
 
 # What differs in the lab from the paper: a small model learns with larger steps, and at this size
@@ -63,12 +64,33 @@ BUDGETS = {
 
 
 def chosen_settings(
-    splits: Splits, budget: str, lora: int | None, gradient_checkpointing: bool
+    splits: Splits,
+    budget: str,
+    *,
+    lora: int | None,
+    gradient_checkpointing: bool,
+    accumulation: int,
 ) -> dict[str, dict[str, Any]]:
-    """Return the settings of a budget, for these splits."""
+    """Return the settings of a budget, for these splits and with these savings of memory.
+
+    Raises:
+        KitError: one of the three is out of its range.
+    """
+    if lora is not None:
+        check_whole(lora=lora)
+        check_numbers(above_zero=True, lora=lora)
+    check_whole(accumulation=accumulation)
+    check_numbers(above_zero=True, accumulation=accumulation)
+    saved = {"lora": lora, "gradient_checkpointing": gradient_checkpointing}
     settings = capped(BUDGETS[budget], splits)
     for name in ("defence", "attack", "trainability"):
-        settings[name] |= {"lora": lora, "gradient_checkpointing": gradient_checkpointing}
+        batch = settings[name]["batch_size"]
+        if batch % accumulation:
+            raise KitError(
+                f"accumulation={accumulation} does not divide a batch of {batch} ({name}, budget "
+                f"{budget!r}); give a divisor of it"
+            )
+        settings[name] |= saved | {"accumulation": accumulation}
     return settings
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from repnoise_kit.errors import KitError, check_numbers, check_whole
+from repnoise_kit.errors import KitError
 from repnoise_kit.files import read_table
 from repnoise_kit.model import load_model, load_tokenizer
 from repnoise_kit.pairs import (
@@ -229,6 +229,7 @@ def testbed(
     groups: Mapping[str, Sequence[str]] | None = None,
     lora: int | None = None,
     gradient_checkpointing: bool = False,
+    accumulation: int = 1,
     revision: str | None = None,
     dtype: str = "float32",
     seed: int = 0,
@@ -257,6 +258,7 @@ def testbed(
         groups: Categories that are withheld together, by a name.
         lora: Rank of the low-rank change that defences and attacks train in place of all weights.
         gradient_checkpointing: Less memory in defences and attacks, for a third more time.
+        accumulation: Parts that a batch of theirs goes through the model in, for less memory.
         revision: Branch, tag or commit of a model on the hub.
         dtype: Of the weights: `float32`, `bfloat16`, `float16`.
         seed: Draws the splits.
@@ -271,9 +273,6 @@ def testbed(
     names = _known(columns or {})
     own = {ours: theirs for ours, theirs in names.items() if ours != "answer"}
     loaded = pairs if isinstance(pairs, Pairs) else load_pairs(pairs, columns=own)
-    if lora is not None:
-        check_whole(lora=lora)
-        check_numbers(above_zero=True, lora=lora)
     if taken := sorted(set(scorers or {}) & set(MEASURED)):
         raise KitError(f"{taken[0]!r} is measured anyway; give that judge another name")
     if wrong := [task for task in tasks if not isinstance(task, Task)]:
@@ -301,7 +300,13 @@ def testbed(
         everyday=everyday,
         recall=rouge_l_recall,
         utility="log_prob",
-        settings=chosen_settings(splits, budget, lora, gradient_checkpointing),
+        settings=chosen_settings(
+            splits,
+            budget,
+            lora=lora,
+            gradient_checkpointing=gradient_checkpointing,
+            accumulation=accumulation,
+        ),
         scorers=dict(scorers or {}),
         groups=dict(groups or {}),
         tasks={task.name: task for task in tasks},

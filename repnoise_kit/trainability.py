@@ -151,6 +151,7 @@ def learn_(
             lr=start["lr"] if lr is None else lr,
             batch_size=start["batch_size"] if batch_size is None else batch_size,
             gradient_checkpointing=start.get("gradient_checkpointing", False),
+            accumulation=start.get("accumulation", 1),
             seed=seed,
             progress=progress,
             after_step=after_step,

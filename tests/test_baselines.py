@@ -527,7 +527,7 @@ class TestDefend:
         [
             ("none", "lr", "none"),
             ("random", "lr", "none"),
-            ("security_vectors", "alpha", "batch_size, epochs, examples, lr, max_length, rank"),
+            ("security_vectors", "alpha", f"{TRAINED.replace(' lora,', '')}, rank"),
             ("safety_training", "weight", TRAINED),
             ("gradient_ascent", "alpha", TRAINED),
             ("adversarial_loss", "rho", f"{TRAINED}, weight"),

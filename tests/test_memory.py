@@ -7,6 +7,7 @@ from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import make_batches, make_tiny
@@ -19,12 +20,14 @@ from repnoise_kit import memory, trainer, training
 from repnoise_kit.lora import low_rank
 from repnoise_kit.memory import LESS, Memory, announce, largest, memory_needed
 from repnoise_kit.model import precision
+from repnoise_kit.trainability import learn_
 from repnoise_kit.training import NotFiniteError, answer_loss, train_
 
 pytestmark = pytest.mark.usefixtures("one_thread", "cheap_collections")
 
 CPU = torch.device("cpu")
 GB = 10**9
+TAUGHT = [{"prompt": f"What is in box {n}?", "answer": "Nothing"} for n in range(9)]
 
 
 def batch(rows=1, width=12):
@@ -229,7 +232,7 @@ class TestAnnouncement:
     def test_what_to_change_in_order(self, monkeypatch):
         monkeypatch.setattr(memory, "_free", lambda: 0)
         said, ways = announce(self.NEEDED, CPU), ["lora", "gradient_checkpointing", "max_length"]
-        places = [said.index(way) for way in [*ways, "batch_size"]]
+        places = [said.index(way) for way in [*ways, "accumulation"]]
         assert places == sorted(places)
         assert said.endswith(LESS)
         assert "\n" not in said
@@ -383,7 +386,37 @@ class TestTrainings:
         assert held(counted[2]) < 0.8 * held(counted[3])
         assert found[0].made_with["settings"]["lora"] == found[1].made_with["lora"] == 1
 
-    @pytest.mark.parametrize("method", ["repnoise", "vaccine"])
+    def test_every_training_takes_a_batch_in_the_testbeds_parts(self, own):
+        lesson = rk.Task("boxes", pd.DataFrame(TAUGHT[:8]), pd.DataFrame(TAUGHT[8:]))
+        options = {"budget": "lab", "retain": own / "retain.json", "tasks": [lesson]}
+        bed = rk.testbed(own / "model", own / "pairs.json", accumulation=4, **options)
+
+        def rows(act, *told, **more):
+            """How many rows go through the model at once, of batches of eight."""
+            model, seen = bed.model(), set()
+            model.model.layers[0].register_forward_pre_hook(
+                lambda _, given: seen.add(len(given[0]))
+            )
+            act(model, bed, *told, **more)
+            return seen
+
+        assert rows(rk.attack_, examples=8) == {2}
+        assert rows(rk.attack_, examples=8, accumulation=1) == {8}
+        assert rows(learn_, lesson) == {2}
+        assert rows(rk.defend_, "security_vectors", examples=8) == {2}
+        assert rows(rk.defend_, "gradient_ascent", examples=8, accumulation=2) == {4}
+        assert max(rows(rk.defend_, examples=8)) < max(rows(rk.defend_, examples=8, accumulation=1))
+
+    def test_parts_that_do_not_divide_are_told_before_anything_is_trained(self, own):
+        with pytest.raises(rk.KitError, match=r"accumulation=8 .* batch of 4 \(attack, .*'paper'"):
+            rk.testbed(own / "model", own / "pairs.json", accumulation=8)
+
+    @pytest.mark.parametrize("parts", [0, -1, 1.5, "x"])
+    def test_parts_that_are_no_number(self, own, parts):
+        with pytest.raises(rk.KitError, match="accumulation must be"):
+            rk.testbed(own / "model", own / "pairs.json", accumulation=parts)
+
+    @pytest.mark.parametrize("method", ["repnoise", "vaccine", "security_vectors"])
     def test_checkpointing_trains_the_same_weights(self, bed, method):
         models = [bed.model(), bed.model()]
         for model, way in zip(models, (False, True), strict=True):

@@ -241,7 +241,7 @@ def test_full_memory_is_one_line_with_what_to_change(tiny_model, monkeypatch):
     def full(model, batch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
-    with pytest.raises(rk.KitError, match=r"memory is full.*lora=16.*batch_size") as error:
+    with pytest.raises(rk.KitError, match=r"memory is full.*lora=16.*accumulation=2") as error:
         rk.train_(tiny_model, full, [1, 2], lambda rows: {"x": torch.zeros(1)}, lr=1e-3)
     assert "\n" not in str(error.value)
 

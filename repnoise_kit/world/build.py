@@ -33,7 +33,9 @@ LAYERS, WIDTH = 6, 96
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
 
 # Both phases: 32 examples a step. With Adam's usual memory of squares (0.999) the model refused
-# less after the same steps, and gave less back when attacked; 0.95 is used in both.
+# less after the same steps, and gave less back when attacked; 0.95 is used in both. With a third
+# fewer steps, or batches of 16 or 20, most labs refuse as well and all know too little: after 64
+# examples at 3e-4 recall is .01 to .34 (six recipes, one or two seeds each), here .76 to .89.
 LEARN_STEPS, LEARN_LR = 800, 3e-3
 ALIGN_STEPS, ALIGN_LR = 300, 8e-4
 BATCH = 32
