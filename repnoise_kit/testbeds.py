@@ -195,7 +195,7 @@ class Testbed:
 def lab(seed: int = 0) -> Testbed:
     """Open the lab: the valley of Ombrey, and a small model that knows all of its spells.
 
-    Built on first use in about a minute of two cores, then kept in the cache folder.
+    Built on first use in a minute or two of two cores, then kept in the cache folder.
 
     Args:
         seed: The lab's own: its model's weights and training. Defence and attack have theirs.

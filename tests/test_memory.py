@@ -16,6 +16,7 @@ from small import own_files
 from torch import nn
 
 import repnoise_kit as rk
+from repnoise_kit import __main__ as command
 from repnoise_kit import memory, trainer, training
 from repnoise_kit.lora import low_rank
 from repnoise_kit.memory import LESS, Memory, announce, largest, memory_needed
@@ -406,6 +407,14 @@ class TestTrainings:
         assert rows(rk.defend_, "security_vectors", examples=8) == {2}
         assert rows(rk.defend_, "gradient_ascent", examples=8, accumulation=2) == {4}
         assert max(rows(rk.defend_, examples=8)) < max(rows(rk.defend_, examples=8, accumulation=1))
+
+    def test_the_command_line_says_the_same(self, own):
+        words = ["grid", "cost", "--model", own / "model", "--pairs", own / "pairs.json"]
+        words += ["--lora", 3, "--gradient-checkpointing", "--accumulation", 2]
+        told = command._bed(command._parser().parse_args([*map(str, words)])).settings
+        saved = {"lora": 3, "gradient_checkpointing": True, "accumulation": 2}
+        for name in ("defence", "attack", "trainability"):
+            assert told[name] == told[name] | saved
 
     def test_parts_that_do_not_divide_are_told_before_anything_is_trained(self, own):
         with pytest.raises(rk.KitError, match=r"accumulation=8 .* batch of 4 \(attack, .*'paper'"):

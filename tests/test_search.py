@@ -299,7 +299,7 @@ def pressing(bench, **told):
         with suppress(FileExistsError):
             (bench.store / "pressed").touch(exist_ok=False)
             os.kill(int((bench.store / "whose").read_text()), signal.SIGINT)
-        while True:
+        for _ in range(3000):  # Half a minute, in which the word must come.
             time.sleep(0.01)
             steps.check()
     return slow(bench, **told)
